@@ -1,0 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Self-supervised pretraining of 3D medical image networks, native to MONAI.
+
+Importing the package loads every public module, so that a MONAI bundle which has ``$import monai_ssl`` under
+``imports`` can name any public class by its short ``_target_``.
+"""
+
+from __future__ import annotations
+
+__version__ = "0.1.0"
+
+from . import data, handlers, losses, metrics, networks, transforms, visualize
+
+__all__ = ["__version__", "data", "handlers", "losses", "metrics", "networks", "transforms", "visualize"]

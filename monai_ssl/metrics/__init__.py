@@ -1,0 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Embedding health and pretext metrics."""
+
+from __future__ import annotations

@@ -1,0 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pretext tasks as MONAI transforms."""
+
+from __future__ import annotations
