@@ -2,3 +2,39 @@
 """Encoders, heads, teachers, pretext networks and strict loading."""
 
 from __future__ import annotations
+
+from .blocks import EncoderFeatures, ProjectionHead
+from .checkpoint import LoadReport, load_pretrained, save_pretrained
+from .encoder_adapter import encoder_channels
+from .encoders import (
+    BasicUNetEncoder,
+    DynUNetEncoder,
+    ResNetPyramid,
+    SegResNetEncoder,
+    SwinUNETREncoder,
+    UNetEncoder,
+    ViTEncoder,
+)
+from .momentum_teacher import MomentumTeacher
+from .nets import VoCoNet
+from .provenance import make_provenance, read_provenance
+
+__all__ = [
+    "BasicUNetEncoder",
+    "DynUNetEncoder",
+    "EncoderFeatures",
+    "LoadReport",
+    "MomentumTeacher",
+    "ProjectionHead",
+    "ResNetPyramid",
+    "SegResNetEncoder",
+    "SwinUNETREncoder",
+    "UNetEncoder",
+    "ViTEncoder",
+    "VoCoNet",
+    "encoder_channels",
+    "load_pretrained",
+    "make_provenance",
+    "read_provenance",
+    "save_pretrained",
+]

@@ -2,3 +2,7 @@
 """Pretext networks."""
 
 from __future__ import annotations
+
+from .voco_net import VoCoNet
+
+__all__ = ["VoCoNet"]
