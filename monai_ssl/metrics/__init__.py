@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from .overlap_prediction import OverlapPredictionMetric, constant_prediction_loss
 from .surface_distance_mm import SurfaceDistanceMM
 
-__all__ = ["SurfaceDistanceMM"]
+__all__ = ["OverlapPredictionMetric", "SurfaceDistanceMM", "constant_prediction_loss"]

@@ -3,6 +3,24 @@
 
 from __future__ import annotations
 
-from .feature_affine import FeatureMapAffineD, FeatureMapAffineDict, FeatureMapAffined
+from .feature_affine import FeatureMapAffineD, FeatureMapAffined, FeatureMapAffineDict
+from .voco_crops import (
+    RandVoCoCrops,
+    RandVoCoCropsD,
+    RandVoCoCropsd,
+    RandVoCoCropsDict,
+    base_origins,
+    overlap_fractions,
+)
 
-__all__ = ["FeatureMapAffineD", "FeatureMapAffineDict", "FeatureMapAffined"]
+__all__ = [
+    "FeatureMapAffineD",
+    "FeatureMapAffineDict",
+    "FeatureMapAffined",
+    "RandVoCoCrops",
+    "RandVoCoCropsD",
+    "RandVoCoCropsDict",
+    "RandVoCoCropsd",
+    "base_origins",
+    "overlap_fractions",
+]
