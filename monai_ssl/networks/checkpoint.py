@@ -16,7 +16,7 @@ from torch import nn
 
 from .provenance import KEY, complete_provenance
 from .state_file import read_state_dict, write_atomic
-from .state_matching import covering_prefixes, inflate, match_names, reads_image, shape_of, tails, under
+from .state_matching import covering_prefixes, inflate, match_names, names_beside, reads_image, shape_of, tails, under
 
 __all__ = ["LoadReport", "load_pretrained", "save_pretrained"]
 
@@ -42,7 +42,7 @@ class LoadReport:
             names = getattr(self, kind)
             if names or kind == "loaded":
                 more = ", .." if len(names) > 3 else ""
-                lines.append(f"  {kind:<10} {len(names):>5}  {', '.join(names[:3])}{more}")
+                lines.append(f"  {kind:<10} {len(names):>5}  {', '.join(names[:3])}{more}".rstrip())
         return "\n".join(lines)
 
 
@@ -138,6 +138,9 @@ def _remedy(report: LoadReport, own: list[str], keys: list[str], other_channels:
     if other_channels and not (report.missing or report.unexpected):
         return "only the number of input channels differs: pass in_channels='inflate' to adapt the first convolution"
     if not report.loaded:
+        beside = names_beside(own, keys)
+        if beside:
+            return f"part of the file fits, leave out the rest: exclude={beside}"
         return f"this is a checkpoint of another network: its keys begin with {keys[:2]}, the network's with {own[:2]}"
     advice = []
     if report.shape:

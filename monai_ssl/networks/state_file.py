@@ -22,14 +22,14 @@ def load_file(file: str | Path) -> Any:
         OSError: there is no such file, or it may not be read.
         ValueError: the file is truncated, or no PyTorch file, or holds more than tensors and plain values.
     """
+    Path(file).open("rb").close()  # an absent file raises here; OSError from torch.load means a damaged one
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
     except Exception as e:  # a damaged pickle raises almost anything
+        reason = f"{type(e).__name__}: {e}".splitlines()[0]
         raise ValueError(
             f"{file} cannot be read as a checkpoint: it is truncated, no PyTorch file, or holds objects besides "
-            f"tensors and plain values, which weights_only=True refuses ({type(e).__name__}: {str(e).splitlines()[0]})"
+            f"tensors and plain values, which weights_only=True refuses ({reason})"
         ) from e
 
 

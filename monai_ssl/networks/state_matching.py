@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["covering_prefixes", "inflate", "match_names", "reads_image", "shape_of", "tails", "under"]
+__all__ = ["covering_prefixes", "inflate", "match_names", "names_beside", "reads_image", "shape_of", "tails", "under"]
 
 # What wrappers and pretext networks put in front of all keys
 _WRAPPERS = frozenset({"module", "_orig_mod", "encoder", "network", "backbone", "student", "teacher"})
@@ -46,6 +46,16 @@ def _readings(keys: Iterable[str], exclude: Sequence[str]) -> Iterator[dict[str,
         if len(heads) != 1 or not heads <= _WRAPPERS:
             return
         names = {key: name.partition(".")[2] for key, name in names.items()}
+
+
+def names_beside(own: Iterable[str], keys: Iterable[str]) -> list[str]:
+    """Where the keys under one wrapper name are the network's: the other first names, e.g. head and teacher."""
+    wanted = set(own)
+    parts = [key.partition(".") for key in keys]
+    for wrapper in sorted(_WRAPPERS):
+        if wanted == {rest for head, _, rest in parts if head == wrapper}:
+            return sorted({head for head, _, _ in parts} - {wrapper})
+    return []
 
 
 def shape_of(value: Any) -> tuple[int, ...] | str:

@@ -136,7 +136,7 @@ CASES = {
     "ViT class token": Case(ViTEncoder, vit(True), (8, 24, 16), [(4, 8, 4)], [24], ["norm"], ["classification_head"]),
     "SwinUNETR": Case(
         SwinUNETREncoder,
-        lambda n, c: SwinUNETR(c, 2, feature_size=12, use_v2=True, spatial_dims=n),
+        lambda n, c: SwinUNETR(c, 2, depths=(1, 1, 1, 1), feature_size=12, use_v2=True, spatial_dims=n),
         (32, 32, 64),
         [1, 2, 4, 8, 32],
         [12, 12, 24, 48, 192],
