@@ -2,3 +2,32 @@
 """Ignite handlers, each attached by a bundle to a MONAI engine."""
 
 from __future__ import annotations
+
+from .curves import CurvesHandler
+from .embedding_monitor import EmbeddingMonitor
+from .finite_loss import FiniteLossHandler
+from .freeze import FreezeHandler
+from .gradient_clip import GradientClipHandler
+from .momentum_update import MomentumUpdateHandler, cosine_momentum
+from .overlay import OverlayHandler
+from .prepare_batch import PrepareBatchTensor
+from .pretext_preview import PretextPreview
+from .pretrained_saver import PretrainedSaver
+from .resume import ResumeHandler
+from .run_progress_bar import RunProgressBar
+
+__all__ = [
+    "CurvesHandler",
+    "EmbeddingMonitor",
+    "FiniteLossHandler",
+    "FreezeHandler",
+    "GradientClipHandler",
+    "MomentumUpdateHandler",
+    "OverlayHandler",
+    "PrepareBatchTensor",
+    "PretextPreview",
+    "PretrainedSaver",
+    "ResumeHandler",
+    "RunProgressBar",
+    "cosine_momentum",
+]

@@ -3,7 +3,15 @@
 
 from __future__ import annotations
 
+from .embedding_health import effective_rank, embedding_std, uniformity
 from .overlap_prediction import OverlapPredictionMetric, constant_prediction_loss
 from .surface_distance_mm import SurfaceDistanceMM
 
-__all__ = ["OverlapPredictionMetric", "SurfaceDistanceMM", "constant_prediction_loss"]
+__all__ = [
+    "OverlapPredictionMetric",
+    "SurfaceDistanceMM",
+    "constant_prediction_loss",
+    "effective_rank",
+    "embedding_std",
+    "uniformity",
+]

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a collated batch to what MONAI's SupervisedTrainer feeds the network and the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from monai.data import MetaTensor
+from monai.engines import PrepareBatch
+from monai.utils import ensure_tuple
+
+__all__ = ["PrepareBatchTensor"]
+
+
+class PrepareBatchTensor(PrepareBatch):
+    """Hand image, label and named extra inputs to the engine as plain tensors on its device.
+
+    A MetaTensor that reaches a network can end up in a buffer, and with it the name of the patient's file in the
+    checkpoint; so none passes.
+
+    Args:
+        image_key: key of the network's first argument.
+        label_key: key of the loss function's target; where the batch lacks it the target is None.
+        extra_keys: keys whose values the network's ``forward`` gets as keyword arguments of the same name.
+
+    Returns of a call:
+        ``(image, label)``, or ``(image, label, (), {key: tensor})`` if there are extra keys.
+    """
+
+    def __init__(
+        self, image_key: str = "image", label_key: str = "label", extra_keys: str | Sequence[str] = ()
+    ) -> None:
+        self.image_key = image_key
+        self.label_key = label_key
+        self.extra_keys = tuple(ensure_tuple(extra_keys))
+
+    def __call__(
+        self,
+        batchdata: Mapping[str, Any],
+        device: str | torch.device | None = None,
+        non_blocking: bool = False,
+        **kwargs: Any,
+    ) -> tuple:
+        """Raises ``KeyError`` when the image or an extra key is absent, ``TypeError`` when a value is no tensor."""
+
+        def plain(key: str) -> torch.Tensor:
+            if key not in batchdata:
+                raise KeyError(f"'{key}' is not in the batch, which has {sorted(batchdata)}.")
+            value = batchdata[key]
+            if not isinstance(value, torch.Tensor):
+                raise TypeError(f"batch['{key}'] must be a tensor, got {type(value).__name__}.")
+            value = value.as_tensor() if isinstance(value, MetaTensor) else value
+            return value.to(device=device, non_blocking=non_blocking, **kwargs)
+
+        image = plain(self.image_key)
+        label = plain(self.label_key) if batchdata.get(self.label_key) is not None else None
+        if not self.extra_keys:
+            return image, label
+        return image, label, (), {key: plain(key) for key in self.extra_keys}

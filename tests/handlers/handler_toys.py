@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A training run of seconds in which everything that a checkpoint must hold matters."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import monai.utils
+import torch
+from ignite.metrics import Loss
+from monai.data import DataLoader, Dataset
+from monai.engines import SupervisedEvaluator, SupervisedTrainer
+from monai.handlers import LrScheduleHandler, ValidationHandler
+from monai.optimizers import WarmupCosineSchedule
+from monai.transforms import Compose, RandGaussianNoised
+from torch import nn
+
+from monai_ssl.data import KeyedDataset, KeyedSampler
+from monai_ssl.handlers import MomentumUpdateHandler, PrepareBatchTensor, ResumeHandler
+
+
+class ToyNet(nn.Module):
+    """Dropout draws, BatchNorm counts, a teacher follows."""
+
+    def __init__(self, hidden: int = 4) -> None:
+        super().__init__()
+        self.student = nn.Sequential(
+            nn.Linear(3, hidden), nn.BatchNorm1d(hidden), nn.Dropout(0.3), nn.Linear(hidden, 1)
+        )
+        self.teacher = deepcopy(self.student).requires_grad_(False)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            target = self.teacher(image)
+        return self.student(image) + 0.1 * target
+
+    def update_teacher(self, momentum: float) -> None:
+        for old, new in zip(self.teacher.parameters(), self.student.parameters()):
+            old.data.lerp_(new.data, 1 - momentum)
+
+
+def toy_items(number: int) -> list[dict[str, Any]]:
+    return [
+        {
+            "image": torch.tensor([float(i), i % 3, 1.0]) / number,
+            "label": torch.tensor([i / number]),
+            "name": f"{i}.nii.gz",
+        }
+        for i in range(number)
+    ]
+
+
+def toy_trainer(
+    directory: Path | None = None,
+    *,
+    resume: bool = False,
+    max_epochs: int = 3,
+    num_items: int = 10,
+    accumulation_steps: int = 1,
+    num_workers: int = 0,
+    hidden: int = 4,
+    handlers: tuple[Any, ...] = (),
+    **resume_kwargs: Any,
+) -> SupervisedTrainer:
+    """A trainer of ``num_items / 2`` iterations per epoch, built anew from the seed at each call."""
+    monai.utils.set_determinism(seed=3)
+    network = ToyNet(hidden)
+    optimizer = torch.optim.AdamW(network.student.parameters(), lr=0.05)
+    dataset = Dataset(toy_items(num_items), Compose([RandGaussianNoised("image", prob=1.0, std=0.1)]))
+    loader = DataLoader(
+        KeyedDataset(dataset, seed=5),
+        sampler=KeyedSampler(dataset, seed=5),
+        batch_size=2,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+    )
+    steps = max_epochs * len(loader)
+    scheduler = WarmupCosineSchedule(optimizer, warmup_steps=2, t_total=steps)
+    evaluator = SupervisedEvaluator(
+        device="cpu",
+        val_data_loader=DataLoader(Dataset(toy_items(4)), batch_size=2),
+        network=network,
+        prepare_batch=PrepareBatchTensor(),
+        key_val_metric={"mse": Loss(nn.MSELoss(), output_transform=lambda o: (o["pred"], o["label"]))},
+        decollate=False,
+    )
+    objects = {"network": network, "optimizer": optimizer, "lr_scheduler": scheduler, "evaluator": evaluator}
+    saving = [ResumeHandler(objects, directory, resume=resume, **resume_kwargs)] if directory is not None else []
+    own = [
+        *saving,  # first in the list: the checkpoint must still hold what the others do in its iteration
+        MomentumUpdateHandler(network, 0.9, None, every=accumulation_steps, event="iteration_started"),
+        ValidationHandler(1, evaluator),
+        LrScheduleHandler(scheduler, print_lr=False, epoch_level=accumulation_steps > 1),
+    ]
+    trainer = SupervisedTrainer(
+        device="cpu",
+        max_epochs=max_epochs,
+        train_data_loader=loader,
+        network=network,
+        optimizer=optimizer,
+        loss_function=nn.MSELoss(),
+        prepare_batch=PrepareBatchTensor(),
+        accumulation_steps=accumulation_steps,
+        decollate=False,
+        train_handlers=[*own, *handlers],
+    )
+    trainer.evaluator, trainer.scheduler = evaluator, scheduler
+    return trainer
+
+
+def everything(trainer: SupervisedTrainer) -> dict[str, Any]:
+    """All that two equal runs must agree on, as a flat dictionary."""
+    found: dict[str, Any] = {f"network.{k}": v.clone() for k, v in trainer.network.state_dict().items()}
+    for number, state in trainer.optimizer.state_dict()["state"].items():
+        found.update({f"optimizer.{number}.{k}": v.clone() for k, v in state.items()})
+    found["lr"] = trainer.optimizer.param_groups[0]["lr"]
+    found["last_epoch"] = trainer.scheduler.last_epoch
+    found["iteration"], found["epoch"] = trainer.state.iteration, trainer.state.epoch
+    found["best"] = (trainer.evaluator.state.best_metric, trainer.evaluator.state.best_metric_epoch)
+    found["random"] = torch.get_rng_state()
+    return found
+
+
+def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        same = torch.equal(found[key], value) if isinstance(value, torch.Tensor) else found[key] == value
+        assert same, f"{key}: {found[key]} != {value}"
