@@ -101,7 +101,9 @@ class DiskCacheDataset(PersistentDataset):
         if file.is_file():
             try:
                 return torch.load(file, weights_only=True)
-            except (RuntimeError, EOFError, UnpicklingError) as error:
+            except PermissionError:
+                raise
+            except (RuntimeError, OSError, EOFError, UnpicklingError) as error:
                 warnings.warn(f"cached volume {file} is damaged and computed again: {error}", stacklevel=2)
         computed = self._pre_transform(deepcopy(item))
         with atomic_path(file) as temporary:

@@ -88,7 +88,7 @@ def collect_facts(images: Sequence[Image], num_workers: int | None = None, progr
     bar = tqdm(
         loader, desc="Checking volumes", disable=not progress or not unread or os.environ.get("RANK", "0") != "0"
     )
-    for index, found in zip(unread, bar):
+    for found, index in zip(bar, unread):
         facts[index] = found
     _remember({keys[index]: facts[index] for index in unread if keys[index] and "error" not in facts[index]})
     return facts
