@@ -73,7 +73,7 @@ def torso_phantom(
     the quantum noise belongs to the grid. Without a spacing any grid covers the same field of view, 384 x 320 x 384 mm
     around the world's origin; a smaller field may leave organs and landmarks outside. Values are whole HU in
     [-1024, 3071]. A landmark's name begins with the name of the label it lies in (`kidney_left`, `spine_T8`). A volume
-    of 128^3 takes about 0.6 s on one core, 64^3 0.2 s.
+    of 128^3 takes about 0.7 s on one core, one of 64^3 0.2 s.
 
     Args:
         subject: number of the subject, from 0.

@@ -4,6 +4,7 @@ from __future__ import annotations
 import nibabel as nib
 import numpy as np
 import pytest
+from scipy.ndimage import binary_erosion
 
 from monai_ssl.data import PHANTOM_LABELS, PhantomVolume, torso_phantom
 
@@ -78,6 +79,8 @@ def test_anatomy_does_not_depend_on_the_grid():
     part = torso_phantom(3, (21, 19, 17), (9, 9, 12))
     assert (fine.label[::2, ::2, ::2] != coarse.label).mean() < 1e-4
     assert (coarse.label[10:31, 8:27, 6:23] != part.label).mean() < 1e-4
+    # what is left of the difference is noise: of this 6 spreads of 18 HU on either side is far too much
+    assert np.abs(coarse.image[10:31, 8:27, 6:23] - part.image).max() < 150
     for volume in (fine, part):
         assert all(np.allclose(point, volume.landmarks[name]) for name, point in coarse.landmarks.items())
 
@@ -173,8 +176,20 @@ def test_subjects_differ_in_place_size_and_contrast(subjects):
         value = PHANTOM_LABELS[name]
         assert np.linalg.norm(centres[:, value].std(axis=0)) > 4, name  # mm
         assert counts[:, value].std() / counts[:, value].mean() > 0.07, name
+    # not merely larger or smaller people: organs vary against each other
+    for one, other in (("kidney_right", "kidney_left"), ("liver", "heart")):
+        ratio = counts[:, PHANTOM_LABELS[one]] / counts[:, PHANTOM_LABELS[other]]
+        assert np.log(ratio).std() > 0.13, (one, other)
     aorta = [volume.image[volume.label == PHANTOM_LABELS["aorta"]].mean() for volume in subjects]
     assert np.ptp(aorta) > 80
+
+
+def test_lungs_hold_vessels():
+    volume = torso_phantom(1, (96, 80, 64))
+    for name in ("lung_right", "lung_left"):
+        inside = binary_erosion(volume.label == PHANTOM_LABELS[name], iterations=2)
+        assert 0.02 < (volume.image[inside] > -600).mean() < 0.15
+        assert np.median(volume.image[inside]) < -750
 
 
 def test_tissue_has_texture_and_noise(subjects):

@@ -6,6 +6,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 from monai.data import load_decathlon_datalist
@@ -30,6 +31,9 @@ def test_files_are_the_volumes_and_read_back_with_the_same_affine(folder):
         for key, values in (("image", ours.image), ("label", ours.label)):
             assert np.array_equal(np.asarray(read[key]), values)
             assert np.allclose(read[key].affine, ours.affine, atol=1e-4)
+            stored = nib.load(item[key])  # MONAI's reader may take either form of the affine
+            assert np.allclose(stored.get_sform(), ours.affine, atol=1e-4)
+            assert np.allclose(stored.get_qform(), ours.affine, atol=1e-4)
             assert read[key].meta["qform_code"] == read[key].meta["sform_code"] == 1
         assert read["image"].meta["bitpix"] == 16
         text = json.loads((folder / "landmarks" / f"subject_00{subject}.json").read_text())
