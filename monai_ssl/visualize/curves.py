@@ -26,7 +26,7 @@ def plot_curves(
     """Draw each column of a table over the iterations, three to a row.
 
     Args:
-        source: ``metrics.csv`` of ``CurvesHandler``, or its columns; empty cells and NaN are left out.
+        source: ``curves.csv`` of ``CurvesHandler``, or its columns; empty cells and NaN are left out.
         file: picture to write; its folder is made.
         chance: column -> chance level, drawn as a dashed line.
         title: heading of the picture.
@@ -67,6 +67,8 @@ def _draw(axes: Axes, name: str, steps: np.ndarray, values: np.ndarray, chance: 
               marker=None if len(y) > 20 else "o", markersize=3)  # fmt: skip
     if many:
         axes.plot(x, _smooth(y, len(y) // 30), color="#1f3f77", linewidth=1.6)
+    if np.ptp(y) <= 1e-6 * np.abs(y).max():  # constant: no axis of rounding errors
+        axes.set_ylim(y[0] - 0.1 * abs(y[0]) - 1e-3, y[0] + 0.1 * abs(y[0]) + 1e-3)
     if chance is not None:
         axes.axhline(chance, color="#b5472e", linestyle="--", linewidth=1.1, label=f"chance {chance:.4g}")
         axes.legend(fontsize=7, frameon=False)

@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import monai.utils
+import pytest
 import torch
+from ignite.engine import Engine, Events
 from ignite.metrics import Loss
 from monai.data import DataLoader, Dataset
 from monai.engines import SupervisedEvaluator, SupervisedTrainer
@@ -24,10 +27,10 @@ from monai_ssl.handlers import MomentumUpdateHandler, PrepareBatchTensor, Resume
 class ToyNet(nn.Module):
     """Dropout draws, BatchNorm counts, a teacher follows."""
 
-    def __init__(self, hidden: int = 4) -> None:
+    def __init__(self, hidden: int = 4, dropout: float = 0.3) -> None:
         super().__init__()
         self.student = nn.Sequential(
-            nn.Linear(3, hidden), nn.BatchNorm1d(hidden), nn.Dropout(0.3), nn.Linear(hidden, 1)
+            nn.Linear(3, hidden), nn.BatchNorm1d(hidden), nn.Dropout(dropout), nn.Linear(hidden, 1)
         )
         self.teacher = deepcopy(self.student).requires_grad_(False)
 
@@ -62,6 +65,7 @@ def toy_trainer(
     num_workers: int = 0,
     hidden: int = 4,
     handlers: tuple[Any, ...] = (),
+    trainer_kwargs: Mapping[str, Any] | None = None,
     **resume_kwargs: Any,
 ) -> SupervisedTrainer:
     """A trainer of ``num_items / 2`` iterations per epoch, built anew from the seed at each call."""
@@ -74,7 +78,7 @@ def toy_trainer(
         sampler=KeyedSampler(dataset, seed=5),
         batch_size=2,
         num_workers=num_workers,
-        persistent_workers=num_workers > 0,
+        persistent_workers=num_workers > 0,  # the harder case: they outlive an epoch
     )
     steps = max_epochs * len(loader)
     scheduler = WarmupCosineSchedule(optimizer, warmup_steps=2, t_total=steps)
@@ -105,6 +109,7 @@ def toy_trainer(
         accumulation_steps=accumulation_steps,
         decollate=False,
         train_handlers=[*own, *handlers],
+        **(trainer_kwargs or {}),
     )
     trainer.evaluator, trainer.scheduler = evaluator, scheduler
     return trainer
@@ -128,3 +133,47 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
     for key, value in expected.items():
         same = torch.equal(found[key], value) if isinstance(value, torch.Tensor) else found[key] == value
         assert same, f"{key}: {found[key]} != {value}"
+
+
+def run_engine(
+    step: Any, handlers: Sequence[Any], epochs: int = 1, length: int = 3, accumulation_steps: int = 1
+) -> Engine:
+    """An ignite engine without a network, for handlers that only look at its state."""
+    engine = Engine(step)
+    engine.accumulation_steps = accumulation_steps
+    for handler in handlers:
+        handler.attach(engine)
+    engine.run(list(range(length)), max_epochs=epochs)
+    return engine
+
+
+class Stop:
+    """Ends a run as a user would, in the middle of an iteration's handlers."""
+
+    def __init__(self, iteration: int) -> None:
+        self.iteration = iteration
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.ITERATION_STARTED(once=self.iteration), self)
+
+    def __call__(self, engine: Engine) -> None:
+        raise KeyboardInterrupt
+
+
+def interrupt(directory: Path, iteration: int, **kwargs: Any) -> None:
+    """Run the toy up to, not including, an iteration."""
+    handlers = (*kwargs.pop("handlers", ()), Stop(iteration))
+    trainer = toy_trainer(directory, handlers=handlers, **kwargs)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    close(trainer)
+
+
+def close(trainer: SupervisedTrainer) -> None:
+    """End the workers now: the garbage collector takes seconds over them."""
+    if trainer.data_loader._iterator is not None:
+        trainer.data_loader._iterator._shutdown_workers()
+
+
+def files(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
