@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What holds for every public loss; a new one adds an entry to CASES and nothing else."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from monai.bundle import ConfigParser
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from monai_ssl import losses
+
+from .processes import ProcessPair, half
+
+
+@dataclass(frozen=True)
+class Case:
+    """How to build a loss and feed it."""
+
+    args: dict[str, Any]  # constructor arguments, as a JSON file would hold them
+    # (number of items, dtype) -> what the network gave, which is differentiated, and the remaining tensors; all with
+    # one row per item
+    tensors: Callable[[int, torch.dtype], tuple[Tensor, list[Tensor]]]
+    # the loss of what the network gave and the remaining tensors
+    call: Callable[..., Tensor]
+    # keywords that go with a permutation of the items; None: the loss depends on their order
+    permuted: Callable[[Tensor], dict[str, Any]] | None = lambda order: {}
+    # keywords that make one process with 4 items equal to two processes with 2 each
+    joined: dict[str, Any] = field(default_factory=dict)
+
+
+def voco_tensors(num: int, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, num, 2 + 4, 8, generator=generator, dtype=torch.float64).to(dtype)
+    label = torch.rand(num, 2, 4, generator=generator) * (torch.rand(num, 2, 4, generator=generator) < 0.5)
+    return student, [teacher, label / label.sum(-1, keepdim=True).clamp_min(0.1)]
+
+
+def voco_case(**args: Any) -> Case:
+    return Case(
+        args,
+        voco_tensors,
+        lambda loss, student, teacher, label, **kwargs: loss((student, teacher), label, **kwargs),
+        permuted=lambda order: {"partner": torch.argsort(order)[(order + 1) % len(order)]},
+        joined={"partner": torch.tensor([1, 0, 3, 2])},
+    )
+
+
+CASES: dict[str, list[Case]] = {
+    "VoCoLoss": [voco_case(), voco_case(variant="v1"), voco_case(variant="cvpr"), voco_case(symmetric_reg=True)],
+}
+
+CLASSES = {n: o for n, o in vars(losses).items() if n in losses.__all__ and inspect.isclass(o)}
+EACH = [(name, case) for name in CLASSES for case in CASES.get(name, [])]
+each = pytest.mark.parametrize("name, case", EACH, ids=[f"{n}-{i}" for i, (n, _) in enumerate(EACH)])
+
+
+def build(name: str, case: Case) -> nn.Module:
+    return CLASSES[name](**case.args)
+
+
+def value_and_gradient(
+    loss: nn.Module, case: Case, x: Tensor, others: list[Tensor], **kw: Any
+) -> tuple[Tensor, Tensor]:
+    leaf = x.clone().requires_grad_()
+    value = case.call(loss, leaf, *others, **kw)
+    value.backward()
+    return value.detach(), leaf.grad
+
+
+def test_every_loss_has_a_case() -> None:
+    assert set(CLASSES) == set(CASES), "add an entry to CASES"
+    assert all(issubclass(cls, nn.Module) and "arXiv" in cls.__doc__ for cls in CLASSES.values())
+
+
+@each
+def test_built_by_short_name_from_json(name: str, case: Case) -> None:
+    config = json.loads(json.dumps({"imports": ["$import monai_ssl"], "it": {"_target_": name, **case.args}}))
+    assert type(ConfigParser(config).get_parsed_content("it")) is CLASSES[name]
+
+
+@each
+def test_no_weights_and_pickling(name: str, case: Case) -> None:
+    loss = build(name, case)
+    assert not loss.state_dict()
+    x, others = case.tensors(4, torch.float32)
+    assert torch.equal(case.call(pickle.loads(pickle.dumps(loss)), x, *others), case.call(loss, x, *others))
+
+
+@each
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_finite_and_differentiable(name: str, case: Case, dtype: torch.dtype, autocast: bool) -> None:
+    x, others = case.tensors(4, dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        leaf = x.clone().requires_grad_()
+        value = case.call(build(name, case), leaf, *others)
+    value.backward()
+    assert value.shape == ()
+    assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert value.isfinite()
+    assert leaf.grad.isfinite().all()
+    assert leaf.grad.any()
+    assert leaf.grad.dtype == dtype
+
+
+@each
+def test_float32_is_accurate(name: str, case: Case) -> None:
+    results = []
+    for dtype in (torch.float64, torch.float32):
+        x, others = case.tensors(4, dtype)
+        results.append(value_and_gradient(build(name, case), case, x, others))
+    for exact, single in zip(*results):
+        torch.testing.assert_close(single.double(), exact, atol=1e-4, rtol=1e-4)
+
+
+@each
+def test_inputs_untouched(name: str, case: Case) -> None:
+    x, others = case.tensors(4, torch.float32)
+    before = [t.clone() for t in (x, *others)]
+    value_and_gradient(build(name, case), case, x, others)
+    assert all(torch.equal(a, b) for a, b in zip(before, (x, *others)))
+    assert not any(t.requires_grad for t in others)
+
+
+@each
+def test_order_of_items(name: str, case: Case) -> None:
+    if case.permuted is None:
+        pytest.skip("depends on the order")
+    loss, order = build(name, case), torch.tensor([2, 0, 3, 1])
+    x, others = case.tensors(4, torch.float64)
+    value, gradient = value_and_gradient(loss, case, x, others)
+    shuffled = value_and_gradient(loss, case, x[order], [t[order] for t in others], **case.permuted(order))
+    torch.testing.assert_close(shuffled[0], value, atol=1e-12, rtol=0)
+    torch.testing.assert_close(shuffled[1], gradient[order], atol=1e-12, rtol=0)
+
+
+def check_ddp(rank: int) -> None:
+    """The gradient of the weights before a loss on two processes is that of the joined batch."""
+    for name, case in EACH:
+        x, others = case.tensors(4, torch.float64)
+        torch.manual_seed(0)
+        network = nn.Linear(x.shape[-1], x.shape[-1], dtype=torch.float64)
+        loss = build(name, case)
+        case.call(loss, network(x), *others, **case.joined).backward()
+        expected = [p.grad.clone() for p in network.parameters()]
+        network.zero_grad()
+        replica = DistributedDataParallel(network)
+        case.call(loss, replica(half(x, rank)), *(half(t, rank) for t in others)).backward()
+        for parameter, gradient in zip(network.parameters(), expected):
+            assert gradient.any()
+            torch.testing.assert_close(parameter.grad, gradient, atol=1e-12, rtol=0)
+
+
+def test_two_processes_equal_the_joined_batch(two_processes: ProcessPair) -> None:
+    two_processes(check_ddp)
