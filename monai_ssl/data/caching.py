@@ -18,7 +18,7 @@ from monai.data.utils import pickle_hashing
 from monai.transforms import Compose, RandomizableTrait, Transform
 from monai.utils import convert_to_tensor
 
-from monai_ssl.data.files import atomic_path, cache_root, file_signature
+from monai_ssl.data.files import atomic_path, cache_root, file_signature, is_first_process
 
 __all__ = ["DiskCacheDataset", "cached_dataset"]
 
@@ -62,7 +62,7 @@ def cached_dataset(
     if cache == "disk":
         return DiskCacheDataset(data, composed, cache_dir if cache_dir is not None else cache_root() / "volumes")
     workers = min(8, os.cpu_count() or 1) if num_workers is None else num_workers
-    return CacheDataset(data, composed, num_workers=workers, progress=bool(len(data)))
+    return CacheDataset(data, composed, num_workers=workers, progress=is_first_process())
 
 
 class DiskCacheDataset(PersistentDataset):

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from monai_ssl.data.dicom import itk_loading
-from monai_ssl.data.files import atomic_path, cache_root, file_signature
+from monai_ssl.data.files import atomic_path, cache_root, file_signature, is_first_process
 
 Image = str | Sequence[str]
 Facts = dict[str, Any]
@@ -85,9 +85,8 @@ def collect_facts(images: Sequence[Image], num_workers: int | None = None, progr
         collate_fn=_unchanged,
         generator=torch.Generator(),  # the global one must be as before: it initialises the networks
     )
-    bar = tqdm(
-        loader, desc="Checking volumes", disable=not progress or not unread or os.environ.get("RANK", "0") != "0"
-    )
+    quiet = not (progress and unread and is_first_process())
+    bar = tqdm(loader, desc="Checking volumes", disable=quiet)
     for found, index in zip(bar, unread):
         facts[index] = found
     _remember({keys[index]: facts[index] for index in unread if keys[index] and "error" not in facts[index]})

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Volume files: their suffixes, what identifies their content, and writing them so that no reader sees half a file."""
+"""Volume files: their suffixes, what identifies their content, and writing so that no reader sees half a file."""
 
 from __future__ import annotations
 
@@ -29,6 +29,11 @@ def strip_suffix(name: str) -> str:
 def cache_root() -> Path:
     """The folder for everything that can be computed again: `$MONAI_SSL_CACHE`, else `~/.cache/monai_ssl`."""
     return Path(os.environ.get("MONAI_SSL_CACHE") or Path.home() / ".cache" / "monai_ssl").expanduser().absolute()
+
+
+def is_first_process() -> bool:
+    """Whether this process shows progress: all but the first of a distributed run (`RANK`) keep quiet."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def file_signature(image: str | os.PathLike[str] | Sequence[str]) -> list[list[str | int]]:
