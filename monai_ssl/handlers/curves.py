@@ -20,12 +20,12 @@ __all__ = ["CurvesHandler"]
 
 
 class CurvesHandler:
-    """Append to ``<output_dir>/metrics.csv`` while training, and draw ``<output_dir>/curves.png``.
+    """Append to ``<output_dir>/curves.csv`` while training, and draw ``<output_dir>/curves.png``.
 
     A row holds iteration, epoch, the loss averaged since the last row, learning rate and what other handlers left in
     the trainer's metrics (embedding health); a validation adds a row of its own with ``val_`` columns. The loss is
     summed on the device and read once per row. A resumed run drops the rows beyond its checkpoint; a new run moves an
-    older table to ``metrics.old.csv``.
+    older table to ``curves.old.csv``.
 
     Args:
         output_dir: folder of table and picture.
@@ -47,7 +47,7 @@ class CurvesHandler:
     ) -> None:
         if interval < 1 or plot_interval < 1:
             raise ValueError(f"`interval` and `plot_interval` must be at least 1, got {interval} and {plot_interval}.")
-        self.file = Path(output_dir) / "metrics.csv"
+        self.file = Path(output_dir) / "curves.csv"
         self.interval = interval
         self.optimizer = optimizer
         self.evaluator = evaluator
@@ -86,7 +86,7 @@ class CurvesHandler:
         if not self.file.exists():
             return
         if engine.state.iteration == 0:
-            os.replace(self.file, self.file.with_name("metrics.old.csv"))
+            os.replace(self.file, self.file.with_name("curves.old.csv"))
             return
         columns, rows = _read(self.file)
         self._rewrite(columns, [row for row in rows if int(row["iteration"]) <= engine.state.iteration])
@@ -101,7 +101,7 @@ class CurvesHandler:
             csv.DictWriter(file, self._columns).writerow(row)
 
     def _rewrite(self, columns: list[str], rows: list[dict[str, str]]) -> None:
-        temporary = self.file.with_name("metrics.csv.tmp")
+        temporary = self.file.with_name("curves.csv.tmp")
         with open(temporary, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()

@@ -95,7 +95,7 @@ class RunProgressBar:
     def _numbers(self, engine: Engine) -> str:
         optimizer = getattr(engine, "optimizer", None) if self.optimizer is None else self.optimizer
         rate = "" if optimizer is None else f", lr {optimizer.param_groups[0]['lr']:.3g}"
-        loss = float(engine.state.output["loss"])
+        loss = float(engine.state.output["loss"].detach())
         return f"epoch {engine.state.epoch}/{engine.state.max_epochs}, loss {loss:.4g}{rate}"
 
     def _line(self, engine: Engine, elapsed: float) -> str:

@@ -64,11 +64,14 @@ def toy_trainer(
     accumulation_steps: int = 1,
     num_workers: int = 0,
     hidden: int = 4,
-    handlers: tuple[Any, ...] = (),
+    handlers: Sequence[Any] = (),
     trainer_kwargs: Mapping[str, Any] | None = None,
     **resume_kwargs: Any,
 ) -> SupervisedTrainer:
-    """A trainer of ``num_items / 2`` iterations per epoch, built anew from the seed at each call."""
+    """A trainer of ``num_items / 2`` iterations per epoch, built anew from the seed at each call.
+
+    ``handlers``: handlers, or functions that make one from the toy's network and evaluator.
+    """
     monai.utils.set_determinism(seed=3)
     network = ToyNet(hidden)
     optimizer = torch.optim.AdamW(network.student.parameters(), lr=0.05)
@@ -108,7 +111,7 @@ def toy_trainer(
         prepare_batch=PrepareBatchTensor(),
         accumulation_steps=accumulation_steps,
         decollate=False,
-        train_handlers=[*own, *handlers],
+        train_handlers=[*own, *(h if hasattr(h, "attach") else h(network, evaluator) for h in handlers)],
         **(trainer_kwargs or {}),
     )
     trainer.evaluator, trainer.scheduler = evaluator, scheduler

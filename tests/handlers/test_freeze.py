@@ -13,17 +13,9 @@ from torch import nn
 from monai_ssl.handlers import FreezeHandler
 
 
-class Freeze:
+def freeze(epochs: int) -> Any:
     """FreezeHandler on the first layers of the toy's student."""
-
-    def __init__(self, epochs: int) -> None:
-        self.epochs = epochs
-
-    def attach(self, engine: Engine) -> None:
-        def late() -> None:  # the toy makes its network together with the trainer
-            FreezeHandler(engine.network.student[:2], self.epochs).attach(engine)
-
-        engine.add_event_handler(Events.STARTED, late)
+    return lambda network, evaluator: FreezeHandler(network.student[:2], epochs)
 
 
 def snapshots(trainer: Any) -> list[dict[str, torch.Tensor]]:
@@ -39,7 +31,7 @@ def snapshots(trainer: Any) -> list[dict[str, torch.Tensor]]:
 
 @pytest.mark.parametrize("epochs", [0, 1, 2])
 def test_frozen_for_the_first_epochs(epochs: int) -> None:
-    trainer = toy_trainer(handlers=(Freeze(epochs),))
+    trainer = toy_trainer(handlers=(freeze(epochs),))
     trainer.optimizer.param_groups[0]["weight_decay"] = 0.5  # must not move what is frozen
     states = snapshots(trainer)
     frozen = [k for k in states[0] if k.startswith(("0.", "1."))]
@@ -64,10 +56,10 @@ def test_parameters_frozen_by_others_stay_frozen() -> None:
 
 @pytest.mark.parametrize("iteration", [4, 9])
 def test_resumed_run_freezes_alike(tmp_path: Path, iteration: int) -> None:
-    whole = toy_trainer(handlers=(Freeze(1),))
+    whole = toy_trainer(handlers=(freeze(1),))
     whole.run()
-    interrupt(tmp_path, iteration, handlers=(Freeze(1),), every_iterations=1)
-    resumed = toy_trainer(tmp_path, resume=True, handlers=(Freeze(1),))
+    interrupt(tmp_path, iteration, handlers=(freeze(1),), every_iterations=1)
+    resumed = toy_trainer(tmp_path, resume=True, handlers=(freeze(1),))
     resumed.run()
     assert_same(everything(resumed), everything(whole))
 
