@@ -11,6 +11,7 @@ from typing import Any
 import monai.utils
 import pytest
 import torch
+import torch.distributed as dist
 from ignite.engine import Engine, Events
 from ignite.metrics import Loss
 from monai.data import DataLoader, Dataset
@@ -64,11 +65,13 @@ def toy_trainer(
     accumulation_steps: int = 1,
     num_workers: int = 0,
     hidden: int = 4,
+    processes: int = 1,
+    find_unused_parameters: bool = False,
     handlers: Sequence[Any] = (),
     trainer_kwargs: Mapping[str, Any] | None = None,
     **resume_kwargs: Any,
 ) -> SupervisedTrainer:
-    """A trainer of ``num_items / 2`` iterations per epoch, built anew from the seed at each call.
+    """A trainer of ``num_items / 2 / processes`` iterations per epoch, built anew from the seed at each call.
 
     ``handlers``: handlers, or functions that make one from the toy's network and evaluator.
     """
@@ -78,7 +81,7 @@ def toy_trainer(
     dataset = Dataset(toy_items(num_items), Compose([RandGaussianNoised("image", prob=1.0, std=0.1)]))
     loader = DataLoader(
         KeyedDataset(dataset, seed=5),
-        sampler=KeyedSampler(dataset, seed=5),
+        sampler=KeyedSampler(dataset, processes, dist.get_rank() if processes > 1 else 0, seed=5),
         batch_size=2,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,  # the harder case: they outlive an epoch
@@ -101,11 +104,15 @@ def toy_trainer(
         ValidationHandler(1, evaluator),
         LrScheduleHandler(scheduler, print_lr=False, epoch_level=accumulation_steps > 1),
     ]
+    wrapped: nn.Module = network
+    if processes > 1:
+        wrapped = nn.parallel.DistributedDataParallel(network, find_unused_parameters=find_unused_parameters)
+        torch.manual_seed(dist.get_rank())  # each process has its own dropout
     trainer = SupervisedTrainer(
         device="cpu",
         max_epochs=max_epochs,
         train_data_loader=loader,
-        network=network,
+        network=wrapped,
         optimizer=optimizer,
         loss_function=nn.MSELoss(),
         prepare_batch=PrepareBatchTensor(),
