@@ -67,6 +67,7 @@ def toy_trainer(
     hidden: int = 4,
     processes: int = 1,
     find_unused_parameters: bool = False,
+    saver_last: bool = False,
     handlers: Sequence[Any] = (),
     trainer_kwargs: Mapping[str, Any] | None = None,
     **resume_kwargs: Any,
@@ -99,7 +100,7 @@ def toy_trainer(
     objects = {"network": network, "optimizer": optimizer, "lr_scheduler": scheduler, "evaluator": evaluator}
     saving = [ResumeHandler(objects, directory, resume=resume, **resume_kwargs)] if directory is not None else []
     own = [
-        *saving,  # first in the list: the checkpoint must still hold what the others do in its iteration
+        *([] if saver_last else saving),  # first in the list: the checkpoint must still hold what the others do
         MomentumUpdateHandler(network, 0.9, None, every=accumulation_steps, event="iteration_started"),
         ValidationHandler(1, evaluator),
         LrScheduleHandler(scheduler, print_lr=False, epoch_level=accumulation_steps > 1),
@@ -118,7 +119,11 @@ def toy_trainer(
         prepare_batch=PrepareBatchTensor(),
         accumulation_steps=accumulation_steps,
         decollate=False,
-        train_handlers=[*own, *(h if hasattr(h, "attach") else h(network, evaluator) for h in handlers)],
+        train_handlers=[
+            *own,
+            *(h if hasattr(h, "attach") else h(network, evaluator) for h in handlers),
+            *(saving if saver_last else []),
+        ],
         **(trainer_kwargs or {}),
     )
     trainer.evaluator, trainer.scheduler = evaluator, scheduler

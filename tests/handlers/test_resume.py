@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from handler_toys import assert_same, close, everything, files, interrupt, toy_trainer
-from ignite.engine import Events
+from ignite.engine import Engine, Events
 
 from monai_ssl.handlers import ResumeHandler
 
@@ -52,6 +52,20 @@ def test_resumed_equals_uninterrupted(
     resumed.run()
     assert seen == list(range(newest + 1, 16))
     assert_same(everything(resumed), uninterrupted[accumulation_steps, 0])
+
+
+@pytest.mark.parametrize("saver_last", [False, True])
+def test_place_in_the_list_does_not_matter(tmp_path: Path, uninterrupted: Any, saver_last: bool) -> None:
+    class See:
+        def attach(self, engine: Engine) -> None:
+            engine.add_event_handler(Events.STARTED, lambda e: seen.append((e.state.iteration, e.state.epoch)))
+
+    seen: list[tuple[int, int]] = []
+    interrupt(tmp_path, 9, every_iterations=2, saver_last=saver_last)
+    resumed = toy_trainer(tmp_path, resume=True, saver_last=saver_last, handlers=(See(),))
+    resumed.run()
+    assert seen == [(8, 1)]
+    assert_same(everything(resumed), uninterrupted[1, 0])
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

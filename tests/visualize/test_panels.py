@@ -38,7 +38,7 @@ def test_boxes_enclose_their_pixels() -> None:
     assert first.get_bbox().extents.tolist() == [0.5, 1.5, 3.5, 5.5]  # pixel centres 1..3 and 2..5
     assert [text.get_text().strip() for text in axes.texts] == ["7"]
     assert second.get_linestyle() == (0, (4, 3))
-    assert first.get_linestyle() == "-"
+    assert first.get_linestyle() == "solid"
 
 
 def test_limits_colour_and_caption() -> None:
