@@ -17,7 +17,7 @@ $(STAMP): setup.cfg constraints.txt
 	@touch $(STAMP)
 
 demo: $(STAMP)  ## pretrain, fine-tune and compare on the embedded phantom (minutes on two cores)
-	$(BIN)/python -m monai_ssl demo
+	$(BIN)/python -m benchmarks.label_efficiency benchmarks/studies/demo.yaml --output_dir demo_output
 
 test: $(STAMP)  ## the tests
 	$(BIN)/python -m pytest -m "not slow"

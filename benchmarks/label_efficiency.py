@@ -192,6 +192,12 @@ def table_row(count: int, arm: str, lr: float, runs: list[dict[str, Any]], scrat
     )
 
 
+def pictures(output_dir: Path) -> list[Path]:
+    """What a reader should open: pretext views, curves, and the overlays of the first draw of each arm."""
+    found = [*output_dir.glob("pretrain_*/eval/preview_*.png"), *output_dir.glob("pretrain_*/eval/curves.png")]
+    return sorted(found) + sorted(output_dir.glob("*_[0-9]*_0/eval/overlays/*.png"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", type=Path, help="study file, e.g. benchmarks/studies/demo.yaml")
@@ -207,7 +213,10 @@ def main() -> None:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     table = Study(spec, args.dataset_dir, args.output_dir.resolve()).run()
     (args.output_dir / "table.md").write_text(table + "\n")
-    print("\n" + table)
+    print(f"\n{table}\n\nPictures:")
+    for picture in pictures(args.output_dir):
+        print(f"  {picture}")
+    print(f"Delete {args.output_dir} to run anew.")
 
 
 if __name__ == "__main__":
