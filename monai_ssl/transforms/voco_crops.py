@@ -207,7 +207,7 @@ class RandVoCoCrops(Randomizable, Transform):
 
     def _cut(self, window: torch.Tensor, origins: torch.Tensor) -> torch.Tensor:
         slices = ((slice(None), *(slice(o, o + r) for o, r in zip(row, self.roi_size))) for row in origins.tolist())
-        return torch.stack([window[s] for s in slices]).contiguous()  # (crops, C, *roi), a copy
+        return torch.stack([window[s] for s in slices])  # (crops, C, *roi), a copy
 
 
 class RandVoCoCropsd(MapTransform, Randomizable):

@@ -328,8 +328,10 @@ def test_seeded_by_compose(cls: type, ndim: int) -> None:
 def test_randomize_false_is_pure(cls: type, ndim: int) -> None:
     case = case_of(cls, ndim)
     transform = build(cls, case, inner=True).set_random_state(seed=5)
+    seeded = transform.R.get_state()[1]
     first = run(transform, image(case), case)
     state = transform.R.get_state()[1:3]
+    assert not np.array_equal(state[0], seeded), "draws come from its own R"
     repeats = [run(transform, image(case), case, randomize=False) for _ in range(2)]
     assert all(equal(result, first) for result in repeats)
     assert np.array_equal(transform.R.get_state()[1], state[0])
