@@ -30,7 +30,8 @@ class PretextPreview:
         output_dir: folder of the pictures.
         interval: epochs from one picture to the next; the first is drawn at once.
         max_items: number of volumes of the batch that are drawn.
-        log_dir: folder of TensorBoard's files; None: none are written.
+        log_dir: folder of TensorBoard's files, which get a subfolder ``preview``: of several files in one folder
+            TensorBoard follows the newest only. None: none are written.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class PretextPreview:
         figure.savefig(self.output_dir / f"preview_epoch={engine.state.epoch:04d}.png")
         if self.log_dir is not None:
             if self._writer is None:
-                self._writer = SummaryWriter(str(self.log_dir))
+                self._writer = SummaryWriter(str(Path(self.log_dir) / "preview"))
             self._writer.add_image("pretext_preview", figure_image(figure), engine.state.epoch, dataformats="HWC")
             self._writer.flush()
 

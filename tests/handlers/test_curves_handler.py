@@ -9,7 +9,7 @@ import pytest
 from handler_toys import files, interrupt, toy_trainer
 from ignite.engine import Events
 
-from monai_ssl.handlers import CurvesHandler
+from monai_ssl.handlers import CurvesHandler, EmbeddingMonitor
 
 
 def curves(directory: Path, **kwargs: Any) -> Any:
@@ -54,13 +54,18 @@ def test_picture_at_the_end_and_every_so_often(tmp_path: Path) -> None:
 
 
 def test_resumed_run_drops_rows_beyond_its_checkpoint(tmp_path: Path) -> None:
-    whole = toy_trainer(handlers=(curves(tmp_path / "whole", interval=1),))
+    def monitor(network: Any, evaluator: Any) -> EmbeddingMonitor:  # its numbers stay in the rows between two looks
+        return EmbeddingMonitor(network.student, interval=4, min_std=0.0)
+
+    whole = toy_trainer(handlers=(monitor, curves(tmp_path / "whole", interval=1)))
     whole.run()
-    interrupt(tmp_path / "runs", 9, handlers=(curves(tmp_path / "curves", interval=1),), every_iterations=3)
+    handlers = (monitor, curves(tmp_path / "curves", interval=1))
+    interrupt(tmp_path / "runs", 11, handlers=handlers, every_iterations=3)
     path = tmp_path / "curves" / "curves.csv"
-    path.write_text(path.read_text() + "9,2,0.1")  # half a row
-    assert [row["iteration"] for row in table(tmp_path / "curves")][-2:] == ["8", "9"]
-    toy_trainer(tmp_path / "runs", resume=True, handlers=(curves(tmp_path / "curves", interval=1),)).run()
+    path.write_text(path.read_text() + "10,2,0.1")  # half a row
+    assert [row["iteration"] for row in table(tmp_path / "curves")][-3:] == ["10", "10", "10"]
+    (tmp_path / "runs" / "checkpoint_iteration=000010.pt").unlink()
+    toy_trainer(tmp_path / "runs", resume=True, handlers=handlers).run()
     assert table(tmp_path / "curves") == table(tmp_path / "whole")
 
 

@@ -65,7 +65,7 @@ def test_drawn_before_the_network_sees_it(tmp_path: Path) -> None:
 
 def test_tensorboard_image(tmp_path: Path) -> None:
     preview(PretextPreview(Panels(), tmp_path / "pictures", log_dir=tmp_path / "log"), epochs=2)
-    events = EventAccumulator(str(tmp_path / "log")).Reload()
+    events = EventAccumulator(str(tmp_path / "log" / "preview")).Reload()
     images = events.Images("pretext_preview")
     assert [image.step for image in images] == [1, 2]
     assert images[0].width > images[0].height > 100

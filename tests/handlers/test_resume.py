@@ -68,6 +68,17 @@ def test_place_in_the_list_does_not_matter(tmp_path: Path, uninterrupted: Any, s
     assert_same(everything(resumed), uninterrupted[1, 0])
 
 
+def test_end_of_an_epoch_waits_for_its_handlers(tmp_path: Path, uninterrupted: Any) -> None:
+    trainer = toy_trainer(tmp_path, every_iterations=2)
+    trainer.add_event_handler(Events.EPOCH_COMPLETED(once=2), lambda e: 1 / 0)  # before the checkpoint of iteration 10
+    with pytest.raises(ZeroDivisionError):
+        trainer.run()
+    assert files(tmp_path) == ["checkpoint_iteration=000006.pt", "checkpoint_iteration=000008.pt"]
+    resumed = toy_trainer(tmp_path, resume=True)
+    resumed.run()
+    assert_same(everything(resumed), uninterrupted[1, 0])
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_interrupted_twice(tmp_path: Path, uninterrupted: Any, num_workers: int) -> None:
     interrupt(tmp_path, 6, num_workers=num_workers)
