@@ -185,13 +185,16 @@ def test_model_pt_and_encoder_pt_fill_the_same(tmp_path: Path) -> None:
     assert equal(features.encoder.state_dict(), encoder.state_dict())
 
 
-def test_encoder_of_a_training_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize("prefix", ["", "module."], ids=["plain", "DDP"])
+def test_encoder_of_a_training_checkpoint(tmp_path: Path, prefix: str) -> None:
     pretext = VoCoNet(UNetEncoder(unet()), 18, 4, 4)
-    torch.save({"network": pretext.state_dict(), "trainer": {"iteration": 4}}, tmp_path / "resume.pt")
+    weights = {prefix + name: t for name, t in pretext.state_dict().items()}
+    torch.save({"network": weights, "trainer": {"iteration": 4}}, tmp_path / "resume.pt")
     encoder = UNetEncoder(unet())
     report = load_pretrained(encoder, tmp_path / "resume.pt", exclude=["projector", "teacher_projector"])
     assert equal(encoder.state_dict(), pretext.encoder.state_dict())
-    assert {name.split(".")[0] for name in report.excluded} == {"projector", "teacher_projector"}
+    excluded = {name.removeprefix(prefix).split(".")[0] for name in report.excluded}
+    assert excluded == {"projector", "teacher_projector"}
 
 
 def test_released_key_dialect(tmp_path: Path) -> None:
@@ -231,6 +234,13 @@ def test_exclude_works_on_both_sides_at_dots(file: Path) -> None:
     assert set(report.excluded) == {name for name in before if name.startswith("model.0.conv.")}
     assert torch.equal(net.state_dict()[WEIGHT], before[WEIGHT])
     assert not torch.equal(net.state_dict()["model.0.residual.weight"], before["model.0.residual.weight"])
+
+
+def test_exclude_takes_a_whole_name(file: Path) -> None:
+    net = unet()
+    before = snapshot(net)
+    assert load_pretrained(UNetEncoder(net), file, exclude=[WEIGHT]).excluded == [WEIGHT, WEIGHT]  # network, file
+    assert torch.equal(net.state_dict()[WEIGHT], before[WEIGHT])
 
 
 @pytest.mark.parametrize("prefix", ["model.0.con", "decoder", ""])
@@ -318,6 +328,19 @@ def test_inflate_keeps_inner_layers_strict(tmp_path: Path) -> None:
         load_pretrained(make(3), tmp_path / "a.pt", in_channels="inflate")
 
 
+def test_inflate_keeps_the_kernel_strict(tmp_path: Path) -> None:
+    torch.save(nn.Sequential(nn.Conv2d(1, 3, 3), nn.Conv2d(3, 4, 3)).state_dict(), tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="other arguments"):
+        load_pretrained(nn.Sequential(nn.Conv2d(3, 3, 5), nn.Conv2d(3, 4, 3)), tmp_path / "a.pt", in_channels="inflate")
+
+
+def test_inflate_wants_one_number_of_channels(tmp_path: Path) -> None:
+    make = lambda a, b: nn.ModuleList([nn.Conv2d(a, 3, 3), nn.Conv2d(b, 3, 3)])
+    torch.save(make(1, 2).state_dict(), tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="other arguments"):
+        load_pretrained(make(4, 4), tmp_path / "a.pt", in_channels="inflate")
+
+
 def test_unknown_in_channels(file: Path) -> None:
     with pytest.raises(ValueError, match="'strict' or 'inflate'"):
         load_pretrained(unet(), file, in_channels="repeat")
@@ -376,6 +399,15 @@ def test_failed_save_keeps_the_old_file(file: Path, tmp_path: Path, monkeypatch:
         save_pretrained(UNetEncoder(unet()), file, PROVENANCE)
     assert file.read_bytes() == content
     assert sorted(p.name for p in tmp_path.iterdir()) == ["encoder.json", "encoder.pt"]
+
+
+def test_save_replaces_the_file_at_once(file: Path) -> None:
+    """Who has the old file open goes on reading the old one."""
+    content = file.read_bytes()
+    with file.open("rb") as reader:
+        save_pretrained(UNetEncoder(unet()), file, PROVENANCE)
+        assert reader.read() == content
+    assert file.read_bytes() != content
 
 
 @pytest.mark.parametrize(

@@ -384,3 +384,9 @@ def test_encoder_channels_leaves_the_encoder_as_it_was(encoder: nn.Module, expec
     assert [m.training for m in list(encoder.children())[1:]] == [True] * (len(list(encoder.children())) - 1)
     for name, t in encoder.state_dict().items():
         torch.testing.assert_close(t, before[name], rtol=0, atol=0)
+
+
+def test_segresnet_keeps_its_dropout() -> None:
+    encoder, x = SegResNetEncoder(segresnet(3, 1)), torch.rand(1, 1, 8, 12, 16)
+    assert not torch.equal(encoder.train()(x)[0], encoder(x)[0])
+    assert torch.equal(encoder.eval()(x)[0], encoder(x)[0])
