@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
 from copy import deepcopy
 
@@ -13,6 +11,11 @@ from monai.data import MetaTensor
 from monai.transforms import Compose, RandFlip, RandRotate90, RandShiftIntensity
 
 from monai_ssl.transforms import RandVoCoCrops
+
+try:
+    from benchmarks.timing import interleaved
+except ModuleNotFoundError:  # run as a script, whose folder is on the path
+    from timing import interleaved
 
 WINDOW, ROI, GRID, NUM_SAMPLES = (192, 192, 64), 64, (3, 3, 1), 4
 
@@ -52,24 +55,11 @@ def candidates() -> dict[str, Callable[[], object]]:
     }
 
 
-def median_times(timed: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median seconds of each, measured in turns so that a busy machine slows all alike."""
-    times: dict[str, list[float]] = {name: [] for name in timed}
-    for repeat in range(repeats + 3):
-        for name, function in timed.items():
-            start = time.perf_counter()
-            result = function()
-            if repeat >= 3:
-                times[name].append(time.perf_counter() - start)
-            del result
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
 def main(repeats: int = 60) -> None:
     """Print medians and ratios for one and two threads."""
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        seconds = median_times(candidates(), repeats)
+        seconds = interleaved(candidates(), repeats)
         print(f"{NUM_SAMPLES} + 9 crops of {ROI}^3 from {WINDOW}, {threads} thread(s)")
         for name, value in seconds.items():
             print(f"  {name:34s} {1e3 * value:8.2f} ms")

@@ -338,6 +338,19 @@ def test_equals_calling_the_transform_oneself(crop_transform: Any) -> None:
     assert torch.equal(torch.cat([bases, samples]), expected)
 
 
+def test_what_a_callable_keeps_is_its_own() -> None:
+    kept: list[torch.Tensor] = []
+
+    def keep(data: torch.Tensor) -> torch.Tensor:
+        kept.append(data)
+        return data
+
+    img = index_image((8, 9))
+    for result in RandVoCoCrops((4, 3), (2, 3), crop_transform=keep)(img):
+        result.zero_()
+    assert torch.equal(kept[1], img[:, :4, 3:6])
+
+
 def test_augmentation_varies_within_and_between_items() -> None:
     img = index_image((8, 9, 5))
     transform = RandVoCoCrops((4, 3, 5), (2, 3, 1), crop_transform=RandFlip(0.5, 2)).set_random_state(seed=0)
