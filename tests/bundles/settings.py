@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How each bundle is made small enough for tests. A new bundle gets an entry here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+NUM_VOLUMES = 6
+VOLUME_SIZE = (40, 32, 36)
+# a part of every file name and of nothing else, to be searched for in what a bundle writes
+PATIENT = "PATIENT_00"
+
+
+@dataclass(frozen=True)
+class BundleSettings:
+    """Overrides that make a bundle's runs seconds long.
+
+    Args:
+        train: overrides of train.yaml: its own network, as narrow as it goes, for one epoch of two iterations.
+        quick_files: train.yaml and a variant with a network that costs nothing, for all tests that train more.
+        quick: overrides of these: two epochs of two iterations.
+        inference: overrides of inference.yaml, for weights that `train` gave.
+        encoder: the arguments of `ssl.encoder` in metadata.json that `train` changes.
+        network_input: shape of a batch that `network_def` takes.
+        variants: for a variant, the files between it and train.yaml, and overrides beyond `train`.
+        same_grid: inference writes each volume's own grid, else a coarser one over the same space.
+    """
+
+    train: dict[str, Any] = field(default_factory=dict)
+    quick_files: tuple[str, ...] = ("train.yaml",)
+    quick: dict[str, Any] = field(default_factory=dict)
+    inference: dict[str, Any] = field(default_factory=dict)
+    encoder: dict[str, Any] = field(default_factory=dict)
+    network_input: tuple[int, ...] = (1, 1, 32, 32, 64)
+    variants: dict[str, tuple[list[str], dict[str, Any]]] = field(default_factory=dict)
+    same_grid: bool = False
+
+
+CPU = {"device": "$torch.device('cpu')", "num_workers": 0}
+TINY = {**CPU, "batch_size": 2, "val_interval": 1, "log_interval": 1, "checkpoint_epochs": 1}
+# Swin-UNETR needs two voxels on its coarsest level, thus 64 on one axis. The first spacing gives volumes that are
+# larger than a crop, the second such that one crop holds them whole.
+SWIN = {"feature_size": 12, "roi_size": [32, 32, 64]}
+LARGER, WHOLE = [11.0, 9.0, 5.5], [12.5, 10.5, 6.2]
+
+VOCO = {**TINY, "val_fraction": 0.33, "monitor_interval": 1, "preview_interval": 2, "hidden_dim": 16, "out_dim": 8}
+SEGMENTATION = {**TINY, "val_fraction": 0.33, "test_fraction": 0.17, "num_samples": 1, "num_overlays": 1}
+
+SETTINGS = {
+    "voco_swinunetr_ct": BundleSettings(
+        train={**VOCO, **SWIN, "max_epochs": 1, "pixdim": LARGER, "grid_size": [1, 2, 1], "num_samples": 1},
+        quick_files=("train.yaml", "small.yaml"),
+        quick={**VOCO, "max_epochs": 2},
+        inference={**CPU, **SWIN, "pixdim": WHOLE, "overlap": 0.0},
+        encoder={"feature_size": 12},
+        variants={
+            "small.yaml": ([], {"roi_size": [16, 16, 16], "grid_size": [2, 3, 2]}),
+            "released_v1.yaml": ([], {"crop_resize#spatial_size": [32, 32, 64]}),
+            "released_cvpr.yaml": (["released_v1.yaml"], {"crop_resize#spatial_size": [32, 32, 64], "embed_dim": 192}),
+        },
+    ),
+    "segmentation_finetuning": BundleSettings(
+        train={**SEGMENTATION, **SWIN, "max_epochs": 1, "pixdim": WHOLE},
+        quick_files=("train.yaml", "small.yaml"),
+        quick={**SEGMENTATION, "max_epochs": 2, "pixdim": [12.0, 12.0, 12.0]},
+        inference={**CPU, **SWIN, "pixdim": WHOLE, "overlap": 0.0},
+        same_grid=True,
+    ),
+}
