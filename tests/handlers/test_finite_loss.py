@@ -35,6 +35,17 @@ class Spoil:
         engine.loss_function = loss
 
 
+class Heal:
+    """Leaves the weights finite: only the loss then tells that something is wrong."""
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        for parameter in engine.network.student.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+
+
 def names_of(iteration: int) -> list[str]:
     names: list[list[str]] = []
     trainer = toy_trainer()
@@ -64,14 +75,6 @@ def test_looks_every_interval_and_at_the_end_of_an_epoch(interval: int, last: in
 def test_no_checkpoint_after_a_bad_loss(tmp_path: Path, order: int) -> None:
     pretrained: Any = tmp_path / "models"
 
-    class Heal:  # the weights are finite again, yet came from a bad loss
-        def attach(self, engine: Engine) -> None:
-            engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self)
-
-        def __call__(self, engine: Engine) -> None:
-            for parameter in engine.network.student.parameters():
-                parameter.grad = torch.zeros_like(parameter)
-
     handlers = (Spoil(7), FiniteLossHandler(50), Heal())[::order]
     trainer = toy_trainer(tmp_path / "runs", every_iterations=4, handlers=handlers)
     PretrainedSaver(trainer.network, pretrained).attach(trainer)
@@ -80,6 +83,16 @@ def test_no_checkpoint_after_a_bad_loss(tmp_path: Path, order: int) -> None:
     assert trainer.state.iteration == 8
     assert files(tmp_path / "runs") == ["checkpoint_iteration=000004.pt", "checkpoint_iteration=000005.pt"]
     assert not pretrained.exists()
+
+
+def test_saver_asks_before_it_writes(tmp_path: Path) -> None:
+    def saver(network: Any, evaluator: Any) -> PretrainedSaver:
+        return PretrainedSaver(network, tmp_path, interval=1)
+
+    trainer = toy_trainer(handlers=(saver, Heal(), FiniteLossHandler(50), Spoil(3)))  # the saver acts first
+    with pytest.raises(RuntimeError, match="at iteration 3"):
+        trainer.run()
+    assert files(tmp_path) == []
 
 
 def test_no_wait_for_the_device_between_looks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -145,16 +145,22 @@ def test_more_epochs_follow_the_new_schedule(tmp_path: Path) -> None:
 
 
 def test_other_epoch_length_continues_at_the_epoch(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    interrupt(tmp_path, 9, every_iterations=2)
+    interrupt(tmp_path, 13, every_iterations=2)
     resumed = toy_trainer(tmp_path, resume=True, every_iterations=2, num_items=16)
     seen: list[tuple[int, int]] = []
     resumed.add_event_handler(Events.STARTED, lambda e: seen.append((e.state.epoch, e.state.iteration)))
     resumed.add_event_handler(Events.STARTED, lambda e: seen.append(files(tmp_path)))
     resumed.run()
-    assert seen == [(1, 8), ["checkpoint_iteration=000008.pt"]]
+    assert seen == [(2, 16), ["checkpoint_iteration=000016.pt"]]  # 12 iterations were two epochs of five, and a bit
     assert "5 iterations per epoch, now there are 8" in caplog.text
+    assert "continuing at the start of epoch 3" in caplog.text
     assert resumed.state.iteration == 24
     assert files(tmp_path) == ["checkpoint_iteration=000022.pt", "checkpoint_iteration=000024.pt"]
+
+
+def test_end_of_a_run_is_always_written(tmp_path: Path) -> None:
+    toy_trainer(tmp_path, every_epochs=2).run()
+    assert files(tmp_path) == ["checkpoint_iteration=000010.pt", "checkpoint_iteration=000015.pt"]
 
 
 def test_second_run_of_the_same_engine(tmp_path: Path) -> None:
