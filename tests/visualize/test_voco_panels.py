@@ -72,7 +72,7 @@ def test_captions_tell_the_target() -> None:
 def test_many_cells_are_cut_short() -> None:
     data, _ = batch((4, 4, 4), (2, 2, 2), crops=1)
     data["label"][0, 0] = torch.full((8,), 1 / 8)
-    assert voco_panels(data, 4, (2, 2, 2))[1].caption.endswith(", ...")
+    assert voco_panels(data, 4, (2, 2, 2))[1].caption.endswith(f",{NBSP}...")
 
 
 def test_crops_in_deeper_layers_are_dashed() -> None:
