@@ -45,6 +45,14 @@ def remove_unfinished(directory: Path) -> None:
         temporary.unlink()
 
 
+def renumber(path: Path, iteration: int) -> None:
+    """Iterations count differently now: leave this one file, under the number that it has in the new count."""
+    for other in list_checkpoints(path.parent):
+        if other != path:
+            other.unlink()
+    os.replace(path, checkpoint_path(path.parent, iteration))
+
+
 def load_newest(directory: Path) -> tuple[Path, dict[str, Any]] | None:
     """Load the newest readable checkpoint; damaged newer ones are set aside as ``<name>.damaged`` with a warning.
 

@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ignite.engine import Engine, Events
+from monai.handlers import CheckpointSaver
 from torch import nn
 
 from monai_ssl.handlers._checkpoint_files import (
@@ -17,6 +17,7 @@ from monai_ssl.handlers._checkpoint_files import (
     list_checkpoints,
     load_newest,
     remove_unfinished,
+    renumber,
     write_checkpoint,
 )
 from monai_ssl.handlers._processes import device_of, gather, rank
@@ -53,8 +54,9 @@ class ResumeHandler:
 
     Args:
         save_dict: what to store, such as ``{network: pretext, optimizer: ..., lr_scheduler: ..., evaluator: ...}``:
-            things with ``state_dict`` and ``load_state_dict``; of an engine like the evaluator, its best metric. Never
-            a DistributedDataParallel wrapper. Must cover the trainer's network and optimiser.
+            things with ``state_dict`` and ``load_state_dict``; of an engine like the evaluator, its best metric; of a
+            ``CheckpointSaver(save_key_metric=True)``, which model was best. Never a DistributedDataParallel wrapper.
+            Must cover the trainer's network and optimiser.
         directory: folder of the checkpoints.
         every_iterations: write after so many iterations; 0: never. Under gradient accumulation, at the next step.
         every_epochs: write after so many epochs; 0: never. The end of a run is always written.
@@ -79,14 +81,18 @@ class ResumeHandler:
         resume: bool = False,
         sampler: Any = None,
     ) -> None:
-        for key, item in save_dict.items():
+        # of MONAI's saver of the best model: which one that is, lest the first after a resume counts as best
+        self.save_dict = {
+            key: item._key_metric_checkpoint if isinstance(item, CheckpointSaver) else item
+            for key, item in save_dict.items()
+        }
+        for key, item in self.save_dict.items():
             if isinstance(item, nn.parallel.DistributedDataParallel):
                 raise ValueError(f"save_dict['{key}'] is a DistributedDataParallel wrapper: pass the network inside.")
             if not (hasattr(item, "state_dict") and hasattr(item, "load_state_dict")):
                 raise ValueError(f"save_dict['{key}'] ({type(item).__name__}) has no state_dict and load_state_dict.")
         if min(every_iterations, every_epochs) < 0 or keep < 1:
             raise ValueError(f"Got every_iterations={every_iterations}, every_epochs={every_epochs}, keep={keep}.")
-        self.save_dict = dict(save_dict)
         self.directory = Path(directory)
         self.every_iterations = every_iterations
         self.every_epochs = every_epochs
@@ -176,7 +182,9 @@ class ResumeHandler:
         if set_position(engine, content["engine"], str(path)):
             skip_seen(engine, self.sampler)
         else:
-            self._renumber(engine, path)
+            gather(None)  # no process is reading any more
+            if rank() == 0:
+                renumber(path, engine.state.iteration)
         self._saved = engine.state.iteration
         self._prepare_random(engine, content["random"])
         logger.info("Continuing from %s.", path)
@@ -187,15 +195,6 @@ class ResumeHandler:
         if found is not None or path is None:
             return path, found[1] if found is not None else {}
         return path, load_file(path)
-
-    def _renumber(self, engine: Engine, path: Path) -> None:
-        """Iterations count differently now: leave one file, under the number that it has in the new count."""
-        gather(None)  # no process is reading any more
-        if rank() == 0:
-            for other in list_checkpoints(self.directory):
-                if other != path:
-                    other.unlink()
-            os.replace(path, checkpoint_path(self.directory, engine.state.iteration))
 
     def _prepare_random(self, engine: Engine, states: list[dict[str, Any]]) -> None:
         processes = len(gather(None))

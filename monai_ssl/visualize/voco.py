@@ -98,7 +98,6 @@ def _boxes(origins: torch.Tensor, roi: Sequence[int], scale: Sequence[float]) ->
 def _shares(label: torch.Tensor, most: int = 4) -> str:
     cells = [int(k) for k in label.argsort(descending=True, stable=True) if label[k] > 0]
     listed = [f"{100 * float(label[k]):.0f}% in {'cell ' if k == cells[0] else ''}{k}" for k in cells[:most]]
-    # a line may break between cells only
-    return ", ".join(share.replace(" ", "\N{NO-BREAK SPACE}") for share in listed) + (
-        ", ..." if len(cells) > most else ""
-    )
+    if len(cells) > most:
+        listed[-1] += ", ..."
+    return ", ".join(share.replace(" ", "\N{NO-BREAK SPACE}") for share in listed)  # lines break between cells only

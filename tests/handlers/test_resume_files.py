@@ -10,6 +10,7 @@ import torch
 from handler_toys import assert_same, everything, files, interrupt, toy_trainer
 from ignite.engine import Engine, Events
 from monai.data import MetaTensor
+from monai.handlers import CheckpointSaver
 from torch import nn
 
 from monai_ssl.handlers import ResumeHandler
@@ -119,6 +120,29 @@ def test_what_cannot_be_read_back_is_refused_when_written(tmp_path: Path) -> Non
     with pytest.raises(TypeError, match=r"lr_scheduler\.extra is a PosixPath, which a checkpoint cannot hold"):
         trainer.run()
     assert files(tmp_path) == []
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_best_model_stays_the_best(tmp_path: Path, held: bool) -> None:
+    def run(scores: list[float], **kwargs: Any) -> bytes:
+        trainer = toy_trainer(**kwargs)
+        evaluator, best = trainer.evaluator, tmp_path / "model_best.pt"
+        evaluator.add_event_handler(Events.EPOCH_COMPLETED, lambda e: e.state.metrics.update(dice=scores.pop(0)))
+        saver = CheckpointSaver(
+            str(tmp_path),
+            {"model": trainer.network},
+            save_key_metric=True,
+            key_metric_name="dice",
+            key_metric_filename=best.name,
+        )
+        saver.attach(evaluator)
+        objects = {"network": trainer.network, "optimizer": trainer.optimizer, **({"best": saver} if held else {})}
+        ResumeHandler(objects, tmp_path / "runs", resume="max_epochs" in kwargs).attach(trainer)
+        trainer.run()
+        return best.read_bytes()
+
+    first = run([0.5, 0.9, 0.7])
+    assert (run([0.8, 0.6], max_epochs=5) == first) == held  # without: MONAI's saver forgets that 0.9 was better
 
 
 def test_wrapper_is_refused() -> None:
