@@ -13,7 +13,6 @@ from monai.handlers import CheckpointSaver
 from torch import nn
 
 from monai_ssl.handlers._checkpoint_files import (
-    checkpoint_path,
     list_checkpoints,
     load_newest,
     remove_unfinished,
