@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import atexit
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,16 @@ import pytest
 from volumes import SPACING, coordinate_volume, write_itk, write_slice
 
 Write = Callable[..., Path]
+
+
+@atexit.register
+def _forget_warning_filters() -> None:
+    """Let the interpreter see the default filters again before it ends.
+
+    It remembers those of its last warning. Had that been raised as an error in a test, so would be the one that SWIG
+    gives when ITK is taken down, and that ends in a segmentation fault after the last test has passed.
+    """
+    warnings.warn("the tests are over", DeprecationWarning, stacklevel=1)
 
 
 @pytest.fixture

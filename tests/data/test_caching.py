@@ -30,6 +30,7 @@ from monai.transforms import (
 )
 
 from monai_ssl.data import DiskCacheDataset, KeyedDataset, cached_dataset
+from monai_ssl.data.files import atomic_path
 
 pytestmark = [
     pytest.mark.usefixtures("cache"),
@@ -227,6 +228,17 @@ def test_failed_write_leaves_nothing(write_volume: Write, cache: Path, monkeypat
     with pytest.raises(OSError, match="no space left"):
         dataset[0]
     assert list((cache / "volumes").iterdir()) == []
+
+
+def test_a_reader_keeps_its_file_while_it_is_replaced(tmp_path: Path) -> None:
+    file = tmp_path / "entry.pt"
+    file.write_text("old")
+    with file.open() as reader:
+        with atomic_path(file) as temporary:
+            temporary.write_text("new")
+            assert file.read_text() == "old"
+        assert reader.read() == "old"
+    assert file.read_text() == "new"
 
 
 def test_values_that_cannot_be_stored_are_refused(write_volume: Write) -> None:

@@ -12,7 +12,7 @@ import pytest
 from monai.transforms import LoadImage
 
 from monai_ssl.data import build_datalist, select_labelled
-from monai_ssl.data.dicom import itk_loading
+from monai_ssl.data.dicom import is_dicom_file, itk_loading
 
 pytestmark = pytest.mark.usefixtures("cache")
 PARTS = ("training", "validation", "test")
@@ -270,6 +270,30 @@ def test_series_in_one_folder_are_volumes_of_one_subject(tmp_path: Path, write_d
     assert corners == [0, 1000, 2000]
     assert Path(items[0]["image"]).is_relative_to(cache)
     assert items[2]["image"] == str(tmp_path / "scans" / "p2")
+
+
+def test_series_of_a_single_folder_cannot_be_split(tmp_path: Path, write_dicom: Any) -> None:
+    for number in range(2):
+        write_dicom("scans", f"1.2.826.0.{number}")
+    assert set(subjects(build_datalist(tmp_path / "scans", val_fraction=0)).values()) == {"scans"}
+    with pytest.raises(ValueError, match="1 subjects cannot be split"):
+        build_datalist(tmp_path / "scans", val_fraction=0.5)
+
+
+@pytest.mark.parametrize(
+    "name, content, expected",
+    [
+        ("IM_0001", b"\0" * 128 + b"DICM", True),
+        ("1.2.840.17", b"\0" * 128 + b"DICM", True),
+        ("IM_0001", b"\0" * 132, False),
+        ("a.DCM", b"", True),
+        ("a.txt", b"\0" * 128 + b"DICM", False),
+        ("DICOMDIR", b"\0" * 128 + b"DICM", False),
+    ],
+)
+def test_what_is_dicom(tmp_path: Path, name: str, content: bytes, expected: bool) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert is_dicom_file(tmp_path / name) == expected
 
 
 @pytest.mark.parametrize("folder, count", [("hippocampus", 130), ("openkbp", 72)])
