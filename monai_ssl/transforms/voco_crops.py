@@ -72,13 +72,11 @@ def overlap_fractions(
     origin = torch.as_tensor(origin)
     if origin.ndim == 0 or origin.shape[-1] != len(grid):
         raise ValueError(f"origin of shape {tuple(origin.shape)} must end in {len(grid)}, one per axis of grid {grid}")
-    fractions = torch.ones(*origin.shape[:-1], 1, dtype=torch.float64, device=origin.device)
-    for axis, (r, g, b) in enumerate(zip(roi, grid, base)):
-        start = origin[..., axis, None].to(torch.float64)
-        lower = torch.arange(g, dtype=torch.float64, device=origin.device) * b
-        share = (torch.minimum(lower + b, start + r) - torch.maximum(lower, start)).clamp_min(0) / r
-        fractions = (fractions[..., None] * share[..., None, :]).flatten(-2)  # (..., cells so far * g)
-    return fractions.to(dtype)
+    start = origin[..., None, :].to(torch.float64)  # (..., 1, n)
+    lower = base_origins(base, grid).to(start)  # (K, n)
+    size, cell = start.new_tensor(roi), start.new_tensor(base)
+    share = (torch.minimum(lower + cell, start + size) - torch.maximum(lower, start)).clamp_min(0) / size
+    return share.prod(-1).to(dtype)
 
 
 class RandVoCoCrops(Randomizable, Transform):
