@@ -15,6 +15,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from monai.bundle import ConfigWorkflow
 from monai.data import MetaTensor
 
 from monai_ssl.networks import read_provenance
@@ -134,6 +135,27 @@ def test_resume(quickly_trained: Trained, more: dict[str, Any], dies_at: int, bu
     for name, state in expected.items():
         assert state.keys() == found[name].keys()
         assert [key for key, value in state.items() if not torch.equal(found[name][key], value)] == [], name
+
+
+def test_best_weights_survive_a_resume(quickly_trained: Trained, bundle: Path, tmp_path: Path) -> None:
+    """A run that is continued knows what was best before, and keeps it when nothing better comes."""
+    if not list((quickly_trained.root / "models").glob("*best*.pt")):
+        return
+    root = copy_bundle(bundle, tmp_path)
+
+    def prepare(metric: float, **more: Any) -> ConfigWorkflow:
+        workflow = make(root, *quickly_trained.files, **quickly_trained.overrides, **more)
+        for handler in item(workflow, "validate#key_metric").values():
+            handler.compute = lambda: metric
+        return workflow
+
+    workflow = prepare(0.9)
+    with power_cut(workflow, 3):
+        run(workflow)
+    (best,) = (root / "models").glob("*best*.pt")
+    before = best.read_bytes()
+    run(prepare(0.1, resume=True))
+    assert best.read_bytes() == before
 
 
 def test_a_second_run_does_not_overwrite_the_first(quickly_trained: Trained) -> None:
