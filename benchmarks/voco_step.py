@@ -70,7 +70,8 @@ class Setup:
 
 def peak_mebibytes(alternative: str) -> float:
     """Peak memory of a fresh process that runs one alternative three times."""
-    code = f"from benchmarks.voco_step import Setup, peak\ns = Setup()\nfor _ in range(3): s.{alternative}()\nprint(peak())"
+    run = f"for _ in range(3): s.{alternative}()"
+    code = f"from benchmarks.voco_step import Setup, peak\ns = Setup()\n{run}\nprint(peak())"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return float(result.stdout.split()[-1])
 

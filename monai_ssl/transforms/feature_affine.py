@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
+from monai.data.utils import to_affine_nd
 from monai.transforms import MapTransform
 from monai.transforms.utils import scale_affine
 
@@ -40,7 +41,8 @@ class FeatureMapAffined(MapTransform):
         for key in self.key_iterator(d):
             feature = torch.as_tensor(d[key])
             scale = scale_affine(source.shape[1:], feature.shape[1:], centered=True)
-            scale = torch.as_tensor(scale, dtype=source.affine.dtype, device=source.affine.device)
+            rank = len(source.affine) - 1  # MONAI keeps a 4 x 4 affine for 2D images too
+            scale = torch.as_tensor(to_affine_nd(rank, scale), dtype=source.affine.dtype, device=source.affine.device)
             meta = {k: v for k, v in source.meta.items() if k == "filename_or_obj"}
             plain = feature.as_tensor() if isinstance(feature, MetaTensor) else feature
             d[key] = MetaTensor(plain.clone(), affine=source.affine @ scale, meta=meta)

@@ -91,7 +91,7 @@ def feature_map_case(spatial: tuple[int, ...], source: tuple[int, ...]) -> Case:
 
 # class name without the d of the dictionary form: cases by number of spatial axes
 CASES: dict[str, dict[int, Case]] = {
-    "FeatureMapAffine": {3: feature_map_case((5, 6, 7), (10, 12, 21))},
+    "FeatureMapAffine": {3: feature_map_case((5, 6, 7), (10, 12, 21)), 2: feature_map_case((5, 6), (10, 12))},
     "RandVoCoCrops": {3: voco_case((5, 6, 7), (3, 2, 1)), 2: voco_case((5, 6), (2, 3))},
 }
 # always MetaTensors in and out, since writing an affine is all they do

@@ -21,3 +21,10 @@ def test_spacing_and_origin_of_a_coarse_map() -> None:
 def test_source_without_affine_is_refused() -> None:
     with pytest.raises(ValueError, match="'image' carries no affine"):
         FeatureMapAffined("pred")({"image": torch.zeros(1, 8, 8, 8), "pred": torch.zeros(1, 1, 1, 1)})
+
+
+def test_two_dimensions() -> None:
+    image = MetaTensor(torch.zeros(1, 40, 24), affine=torch.diag(torch.tensor([2.0, 3.0, 1.0, 1.0])))
+    out = FeatureMapAffined("pred")({"image": image, "pred": torch.zeros(7, 5, 3)})["pred"]
+    assert out.affine.diagonal()[:2].tolist() == [16.0, 24.0]
+    assert out.affine[:2, 3].tolist() == [7.0, 10.5]
