@@ -121,7 +121,7 @@ class Study:
         """Trains on `count` labelled volumes and evaluates on the test volumes, or on those for choosing the rate."""
         spec = self.spec["finetune"]
         training = select_labelled(self.pool, count, seed=draw)
-        name = f"lr_{count}_{lr:g}" if choosing else f"{arm}_{count}_{draw}"
+        name = f"lr_{count}_{lr:g}" if choosing else f"{arm}_{count}_{lr:g}_{draw}"
         test = self.choice if choosing else self.test
 
         def work(folder: Path) -> dict[str, Any]:

@@ -120,6 +120,7 @@ def test_savers_are_built_in_every_process(bundle: Path) -> None:
     config = load_config(bundle, "train.yaml", "multi_gpu_train.yaml")
     for part in ("train", "validate"):
         for handler in config[part]["handlers"]:
+            handler = config[handler.removeprefix("@")] if isinstance(handler, str) else handler
             if "Saver" in handler["_target_"] or "Resume" in handler["_target_"]:
                 assert "rank" not in str(handler.get("_disabled_", "")), handler["_target_"]
     assert any("ignite.distributed.sync()" in str(step) for step in config["initialize"])
