@@ -85,6 +85,13 @@ def test_large_file_must_be_named_with_its_hash(bundle: Path, tmp_path: Path) ->
         export_bundle(bundle, tmp_path / "other")
 
 
+def test_a_named_large_file_may_be_elsewhere(bundle: Path, tmp_path: Path) -> None:
+    write(
+        bundle / "large_files.yml", "large_files:\n- {path: models/model.pt, url: u, hash_val: h, hash_type: sha256}\n"
+    )
+    assert export_bundle(bundle, tmp_path / "out") == []
+
+
 def test_says_what_is_missing(bundle: Path, tmp_path: Path) -> None:
     (bundle / "LICENSE").unlink()
     (bundle / "configs" / "inference.yaml").unlink()
