@@ -99,7 +99,7 @@ def command_line(overrides: Mapping[str, Any]) -> list[str]:
 
 
 def start(command: Sequence[str], cwd: Path, *module_path: str) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end or to the time limit, with one thread per process."""
+    """Run a command to its end or to the time limit, on the CPU with one thread per process."""
     path = os.pathsep.join([str(REPOSITORY), *module_path, os.environ.get("PYTHONPATH", "")])
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=TIME_LIMIT)
