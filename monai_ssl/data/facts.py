@@ -13,7 +13,6 @@ from typing import Any
 
 import monai
 import torch
-from monai.data import MetaTensor
 from monai.transforms import EnsureChannelFirst, LoadImage
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -39,27 +38,16 @@ def volume_facts(image: Image) -> Facts:
     """
     try:
         with itk_loading():
-            volume = LoadImage(image_only=True)(image)
-        if volume.numel() == 0:
-            return {"shape": list(volume.shape), "affine": [], "nonfinite": 0, "constant": False}
-        return _measure(EnsureChannelFirst()(volume))
+            volume = EnsureChannelFirst()(LoadImage(image_only=True)(image))
     except Exception as error:  # a file can be broken in any way; its reason goes into the report
         first_line = (str(error).strip().splitlines() or [""])[0]
         return {"error": f"{type(error).__name__}: {first_line[:200]}"}
-
-
-def _measure(volume: MetaTensor) -> Facts:
     values = volume.as_tensor()
-    finite = torch.isfinite(values)
-    nonfinite = values.numel() - int(finite.sum())
-    if nonfinite:
-        values = values[finite]
-    constant = values.numel() == 0 or bool(values.min() == values.max())
     return {
         "shape": list(volume.shape),
         "affine": volume.affine.tolist(),
-        "nonfinite": nonfinite,
-        "constant": constant,
+        "nonfinite": values.numel() - int(torch.isfinite(values).sum()),
+        "constant": values.numel() > 0 and bool(values.min() == values.max()),
     }
 
 

@@ -191,7 +191,9 @@ def test_disk_key_holds_detached_voxels_and_dicom_slices(write_volume: Write, wr
     with itk_loading():
         dataset = make("disk", items_of(*paths), [LoadImaged("image"), EnsureChannelFirstd("image")])
         assert [float(dataset[index]["image"].min()) for index in range(2)] == [0, 0]
+        header = paths[0].stat()
         write_volume("a.mhd", value=5)
+        os.utime(paths[0], ns=(header.st_atime_ns, header.st_mtime_ns))  # only the voxels beside it are new
         write_dicom("scan", value=5)
         assert [float(dataset[index]["image"].min()) for index in range(2)] == [5, 5]
 

@@ -230,6 +230,10 @@ def test_second_start_reads_only_what_changed(write_volume: Write, monkeypatch: 
     write_volume("1.nii.gz", np.full((5, 6, 7), np.nan))
     assert "NaN" in reason_of(paths[1])
     assert read[3:] == [str(paths[1])]
+    paths[1].write_text("broken for now")
+    for _ in range(2):
+        assert "cannot be read" in reason_of(paths[1])
+    assert len(read) == 6  # a failure may have passed by the next start
 
 
 def test_broken_memory_is_rebuilt(write_volume: Write, cache: Path) -> None:
