@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from monai.data import MetaTensor
 from monai.utils import IgniteInfo, min_version, optional_import
 
 from monai_ssl.visualize import plot_overlay
@@ -20,7 +21,7 @@ class OverlayHandler:
     """Draws the first cases of an evaluation: the scan with the outline of its label and of the prediction.
 
     For a MONAI evaluator with `decollate` and a postprocessing that leaves one-hot `pred` and `label`, (C, *spatial),
-    on the grid of `image`. Each picture is `<output_dir>/<name>.png` and is drawn anew at each evaluation.
+    on the grid of `image`. Each picture is `<output_dir>/<number>_<name>.png` and is drawn anew at each evaluation.
 
     Args:
         output_dir: folder of the pictures.
@@ -35,6 +36,7 @@ class OverlayHandler:
         self._drawn = 0
 
     def attach(self, engine: Engine) -> None:
+        """Attach to an evaluator."""
         engine.add_event_handler(Events.EPOCH_STARTED, self._reset)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self)
 
@@ -46,8 +48,10 @@ class OverlayHandler:
             if self._drawn == self.max_items:
                 return
             self._drawn += 1
-            name = str(batch.get(self.name_key, f"case {self._drawn}"))
+            name = Path(str(batch.get(self.name_key, "case"))).name
+            image = output["image"]
+            spacing = image.pixdim.tolist() if isinstance(image, MetaTensor) else None
             label, prediction = (torch.as_tensor(output[key]).argmax(0) for key in ("label", "pred"))
-            file = self.output_dir / (name.replace("/", "_").split(".")[0] + ".png")
+            file = self.output_dir / f"{self._drawn:02d}_{name.split('.')[0]}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
-            plot_overlay(torch.as_tensor(output["image"])[0], label, prediction, file, title=name)
+            plot_overlay(torch.as_tensor(image)[0], label, prediction, file, title=name, spacing=spacing)
