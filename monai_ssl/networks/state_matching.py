@@ -59,6 +59,7 @@ def names_beside(own: Iterable[str], keys: Iterable[str]) -> list[str]:
 
 
 def shape_of(value: Any) -> tuple[int, ...] | str:
+    """Shape of a tensor; for anything else in a file, the name of its class."""
     return tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
 
 
