@@ -123,7 +123,6 @@ class Study:
         training = select_labelled(self.pool, count, seed=draw)
         name = f"lr_{count}_{lr:g}" if choosing else f"{arm}_{count}_{lr:g}_{draw}"
         test = self.choice if choosing else self.test
-        steps = spec.get("choice_steps", spec["steps"]) if choosing else spec["steps"]
 
         def work(folder: Path) -> dict[str, Any]:
             batches = math.ceil(count / spec["overrides"]["batch_size"])
@@ -133,7 +132,7 @@ class Study:
                 "ckpt_dir": str(folder / "models"),
                 "lr": lr,
                 "seed": self.spec.get("seed", 0) + draw,
-                "max_epochs": math.ceil(steps / batches),
+                "max_epochs": math.ceil(spec["steps"] / batches),
             }
             resume = any((folder / "models").glob("checkpoint*"))
             run_bundle(spec, [], {**common, "pretrained": encoder, "resume": resume})
