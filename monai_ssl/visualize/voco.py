@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import prod
+from pathlib import PurePath
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ def voco_panels(
             torch.quantile(bases[item, :, 0].float().flatten()[:: _stride(bases[item, :, 0])], _ENDS).tolist()
         )
         scale = [bases.shape[3 + axis] / roi[axis] for axis in range(num_axes)]
-        name = f"volume {item + 1}" if names is None else str(names[item])
+        name = f"volume {item + 1}" if names is None else PurePath(str(names[item])).name
         boxes = _cells(bases, grid_size) + _boxes(origins[item], roi, scale)
         caption = f"{name}: {len(bases[item])} base crops; boxes: {len(crops[item])} random crops"
         panels.append(Panel(_mosaic(bases[item], grid_size), caption, boxes, limits=limits, lead=True))
