@@ -20,10 +20,10 @@ demo: $(STAMP)  ## pretrain, fine-tune and compare on the embedded phantom (minu
 	$(BIN)/python -m benchmarks.label_efficiency benchmarks/studies/demo.yaml --output_dir demo_output
 
 test: $(STAMP)  ## the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 PYTHONUTF8=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-slow: $(STAMP)  ## the tests that take minutes each
-	$(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 PYTHONUTF8=1 $(BIN)/python -m pytest -m slow
 
 lint: $(STAMP)  ## style
 	$(BIN)/ruff check .

@@ -102,4 +102,4 @@ def start(command: Sequence[str], cwd: Path, *module_path: str) -> subprocess.Co
     """Run a command to its end or to the time limit, on the CPU with one thread per process."""
     path = os.pathsep.join([str(REPOSITORY), *module_path, os.environ.get("PYTHONPATH", "")])
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=TIME_LIMIT)
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, encoding="utf-8", timeout=TIME_LIMIT)
