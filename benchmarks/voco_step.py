@@ -84,7 +84,7 @@ def peak() -> float:
 
 def main() -> None:
     setup, full = Setup(), Setup("full")
-    seconds = interleaved({"bare": setup.bare, "step": setup.step, "full": full.step}, repeats=7)
+    seconds = interleaved({"bare": setup.bare, "step": setup.step, "full": full.step}, repeats=15)
     print(f"bare encoder, forward and backward   {seconds['bare']:.3f} s")
     print(f"whole step, projector teacher        {seconds['step'] / seconds['bare']:.3f} x  (at most 1.10)")
     print(f"whole step, full teacher             {seconds['full'] / seconds['bare']:.3f} x  (at most 1.45)")

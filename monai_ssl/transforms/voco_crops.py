@@ -16,7 +16,7 @@ from monai.data import MetaTensor, get_track_meta
 from monai.transforms import MapTransform, Randomizable, Transform
 from monai.utils import MAX_SEED, TransformBackends, convert_to_tensor, ensure_tuple, ensure_tuple_rep
 
-from ._each_crop import transform_stacks
+from ._each_crop import transform_each
 
 __all__ = [
     "RandVoCoCrops",
@@ -164,11 +164,9 @@ class RandVoCoCrops(Randomizable, Transform):
         if starts.ndim != 2 or starts.shape[1] != len(limit) or ((starts < 0) | (starts > limit)).any():
             raise ValueError(f"starts must be (R, {len(limit)}) between 0 and {limit.tolist()}, got {starts.tolist()}")
         window = _plain_tensor(img)
+        if seed is not None and isinstance(self.crop_transform, Randomizable):
+            self.crop_transform.set_random_state(seed=seed)
         bases, samples = self._cut(window, self.origins), self._cut(window, starts)
-        if self.crop_transform is not None:
-            if seed is not None and isinstance(self.crop_transform, Randomizable):
-                self.crop_transform.set_random_state(seed=seed)
-            bases, samples = transform_stacks(self.crop_transform, (bases, samples))
         if not get_track_meta():
             return samples, bases
         meta = img.meta if isinstance(img, MetaTensor) else {}
@@ -205,7 +203,10 @@ class RandVoCoCrops(Randomizable, Transform):
 
     def _cut(self, window: torch.Tensor, origins: torch.Tensor) -> torch.Tensor:
         slices = ((slice(None), *(slice(o, o + r) for o, r in zip(row, self.roi_size))) for row in origins.tolist())
-        return torch.stack([window[s] for s in slices])  # (crops, C, *roi), a copy
+        crops = [window[s] for s in slices]
+        if self.crop_transform is None:
+            return torch.stack(crops)  # (crops, C, *roi), a copy
+        return transform_each(self.crop_transform, crops)
 
 
 class RandVoCoCropsd(MapTransform, Randomizable):

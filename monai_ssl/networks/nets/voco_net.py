@@ -82,14 +82,14 @@ class VoCoNet(nn.Module):
         if len(a) < 4 or a[:1] + a[2:] != b[:1] + b[2:]:
             raise ValueError(f"image (B, R, C, *roi) {a} and image_base (B, K, C, *roi) {b} differ in B, C or roi")
         x = torch.cat([image, image_base], dim=1).flatten(0, 1)  # (B * (R + K), C, *roi)
+        # the teacher's encoder first: its feature maps are gone before the student's are kept for the backward pass
+        seen = None if self.teacher_encoder is None else self._pool(self.teacher_encoder(x))
         z = self.embed(x)
         student = self.projector(F.dropout(z, self.feature_dropout, self.training))
         if self.teacher_projector is None:
             teacher = student.detach()
-        elif self.teacher_encoder is None:
-            teacher = self.teacher_projector(z.detach())
         else:
-            teacher = self.teacher_projector(self._pool(self.teacher_encoder(x)))
+            teacher = self.teacher_projector(z.detach() if seen is None else seen)
         rows = (a[0], a[1] + b[1])
         return student.unflatten(0, rows), teacher.unflatten(0, rows)  # (B * (R + K), D) -> (B, R + K, D)
 
