@@ -45,6 +45,7 @@ def check_volumes(
     report_dir: str | os.PathLike[str] | None = None,
     num_workers: int | None = None,
     progress: bool = True,
+    min_training: int = 1,
 ) -> Any:
     """Read every volume once, before training, and stop with one report of those that cannot be used.
 
@@ -61,13 +62,14 @@ def check_volumes(
         report_dir: where `skipped_volumes.txt` (path, tab, reason) is written; the folder of the checkpoint.
         num_workers: processes that read; 0 for none, None for up to 8.
         progress: show a progress bar.
+        min_training: least number of volumes in the part "training", such as one whole batch.
 
     Returns:
         `data` itself or, with `skip_bad`, without the faulty items.
 
     Raises:
         BadVolumesError: volumes are faulty and `skip_bad` is false.
-        ValueError: no volume is left in a part that had some.
+        ValueError: no volume is left in a part that had some, or too few for training.
     """
     parts = dict(data) if isinstance(data, Mapping) else {"data": list(data)}
     items = [item for part in parts.values() for item in part]
@@ -79,15 +81,26 @@ def check_volumes(
         raise BadVolumesError(shown, len(images))
     if skip_bad and report_dir is not None:
         _write_report(Path(report_dir) / SKIPPED_FILE, shown)
+    kept = {part: _without(entries, keys, faults) for part, entries in parts.items()} if faults else parts
     if not faults:
+        _check_number(kept, min_training)
         return data
-    kept = {part: _without(entries, keys, faults) for part, entries in parts.items()}
     empty = [part for part, entries in parts.items() if entries and not kept[part]]
     if empty:
         raise ValueError(f"no volume is left in {', '.join(empty)}") from BadVolumesError(shown, len(images))
+    _check_number(kept, min_training)
     where = f"listed in {Path(report_dir) / SKIPPED_FILE}" if report_dir is not None else name_some(list(shown))
     warnings.warn(f"{len(faults)} of {len(images)} volumes are left out: {where}", stacklevel=2)
     return kept if isinstance(data, Mapping) else kept["data"]
+
+
+def _check_number(parts: Mapping[str, Items], min_training: int) -> None:
+    number = len(parts.get("training", ()))
+    if "training" in parts and number < min_training:
+        raise ValueError(
+            f"{number} volumes for training are too few, a whole batch needs {min_training}: "
+            "lower batch_size or val_fraction, or add volumes"
+        )
 
 
 def _checked(item: dict[str, Any], keys: Sequence[str]) -> dict[str, str]:

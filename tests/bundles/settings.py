@@ -20,6 +20,7 @@ class BundleSettings:
         train: overrides of train.yaml: its own network, as narrow as it goes, for one epoch of two iterations.
         quick_files: train.yaml and a variant with a network that costs nothing, for all tests that train more.
         quick: overrides of these: two epochs of two iterations.
+        two_processes: overrides beyond `quick` for the run with two processes.
         inference: overrides of inference.yaml, for weights that `train` gave.
         encoder: the arguments of `ssl.encoder` in metadata.json that `train` changes.
         network_input: shape of a batch that `network_def` takes.
@@ -30,6 +31,7 @@ class BundleSettings:
     train: dict[str, Any] = field(default_factory=dict)
     quick_files: tuple[str, ...] = ("train.yaml",)
     quick: dict[str, Any] = field(default_factory=dict)
+    two_processes: dict[str, Any] = field(default_factory=dict)
     inference: dict[str, Any] = field(default_factory=dict)
     encoder: dict[str, Any] = field(default_factory=dict)
     network_input: tuple[int, ...] = (1, 1, 32, 32, 64)
@@ -64,6 +66,7 @@ SETTINGS = {
         train={**SEGMENTATION, **SWIN, "max_epochs": 1, "pixdim": WHOLE},
         quick_files=("train.yaml", "small.yaml"),
         quick={**SEGMENTATION, "max_epochs": 2, "pixdim": [12.0, 12.0, 12.0]},
+        two_processes={"val_fraction": 0.17},  # one validation volume for two processes
         inference={**CPU, **SWIN, "pixdim": WHOLE, "overlap": 0.0},
         same_grid=True,
     ),

@@ -13,7 +13,7 @@ import nibabel
 import numpy as np
 import pytest
 
-from .running import chain, command_line, copy_bundle, make, run, start
+from .running import chain, command_line, copy_bundle, item, make, run, start
 from .settings import PATIENT, BundleSettings
 
 BAD = f"{PATIENT}44.nii.gz"
@@ -97,3 +97,16 @@ def test_skip_bad_goes_on(
         run(make(root, *settings.quick_files, **options))
     assert (root / "models" / "model.pt").is_file()
     assert any(BAD in path.read_text() for path in (root / "models").glob("*.txt"))
+
+
+def test_fewer_volumes_than_a_batch(bundle: Path, overrides: dict[str, Any], dataset: Path, tmp_path: Path) -> None:
+    """A run that drops incomplete batches would have none, train nothing and say that all is well."""
+    root = copy_bundle(bundle, tmp_path)
+    workflow = make(root, "train.yaml", **{**overrides, "dataset_dir": str(dataset), "batch_size": 50})
+    if workflow.parser.get("train#dataloader").get("drop_last"):
+        with pytest.raises(Exception) as caught:
+            run(workflow)
+        assert any("lower batch_size" in str(error) for error in chain(caught.value)), caught.value
+    else:
+        run(workflow)
+        assert item(workflow, "train#trainer").state.iteration >= 1

@@ -43,7 +43,8 @@ def test_two_processes(bundle: Path, settings: BundleSettings, quick: dict[str, 
     """They end, with equal weights, and one of them writes."""
     root = copy_bundle(bundle, tmp_path)
     (tmp_path / "train.py").write_text(TWO_PROCESSES)
-    arguments = [str(root), json.dumps(settings.quick_files), json.dumps({**quick, "max_epochs": 1}), str(tmp_path)]
+    overrides = json.dumps({**quick, **settings.two_processes, "max_epochs": 1})
+    arguments = [str(root), json.dumps(settings.quick_files), overrides, str(tmp_path)]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     tests = str(Path(__file__).resolve().parents[1])
     done = start([*torchrun, str(tmp_path / "train.py"), *arguments], tmp_path, tests)

@@ -205,6 +205,17 @@ def test_skip_bad_does_not_empty_a_part(write_volume: Write) -> None:
         check_volumes({**data, "validation": data["training"][3:]}, skip_bad=True, progress=False)
 
 
+@pytest.mark.parametrize("spoil", [False, True])
+def test_too_few_volumes_for_a_batch(write_volume: Write, tmp_path: Path, spoil: bool) -> None:
+    items = [{"image": str(write_volume(f"{i}.nii.gz"))} for i in range(3)]
+    data = {"training": items[:2], "validation": items[2:]}
+    assert check_volumes(data, num_workers=0, min_training=2) is data
+    if spoil:
+        Path(items[0]["image"]).write_bytes(b"")
+    with pytest.raises(ValueError, match=r"too few, a whole batch needs \d: lower batch_size or val_fraction"):
+        check_volumes(data, num_workers=0, skip_bad=spoil, report_dir=tmp_path, min_training=2 if spoil else 3)
+
+
 def test_report_names_the_series_of_a_shared_folder(tmp_path: Path, write_dicom: Write) -> None:
     for number in range(2):
         write_dicom("scans/p1", f"1.2.826.0.{number}")
