@@ -16,15 +16,17 @@ from .encoders import (
     ViTEncoder,
 )
 from .momentum_teacher import MomentumTeacher
-from .nets import VoCoNet
+from .nets import CPCNet, PatchClassifier, VoCoNet, cpc_indices
 from .provenance import make_provenance, read_provenance
 
 __all__ = [
     "BasicUNetEncoder",
+    "CPCNet",
     "DynUNetEncoder",
     "EncoderFeatures",
     "LoadReport",
     "MomentumTeacher",
+    "PatchClassifier",
     "ProjectionHead",
     "ResNetPyramid",
     "SegResNetEncoder",
@@ -32,6 +34,7 @@ __all__ = [
     "UNetEncoder",
     "ViTEncoder",
     "VoCoNet",
+    "cpc_indices",
     "encoder_channels",
     "load_pretrained",
     "make_provenance",

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from .cpc_net import CPCNet, cpc_indices
+from .patch_classifier import PatchClassifier
 from .voco_net import VoCoNet
 
-__all__ = ["VoCoNet"]
+__all__ = ["CPCNet", "PatchClassifier", "VoCoNet", "cpc_indices"]
