@@ -136,4 +136,4 @@ def with_meta_of(img: NdarrayOrTensor, result: torch.Tensor, affine: torch.Tenso
     if not get_track_meta():
         return result
     meta = deepcopy(img.meta) if isinstance(img, MetaTensor) else {}
-    return MetaTensor(result, affine=affine, meta=meta)
+    return MetaTensor(result, meta=meta if affine is None else {**meta, "affine": affine})

@@ -56,6 +56,7 @@ class Case:
     # the views in one item, each with its affine in a world where voxels of the input hold their own coordinates
     views: Callable[[dict[str, Any]], Iterator[tuple[torch.Tensor, torch.Tensor]]] | None = None
     extra: Callable[[], dict[str, Any]] = dict  # other keys that it reads
+    dictionary_args: dict[str, Any] = field(default_factory=dict)  # what the dictionary form has in their place
 
 
 def voco_views(roi: tuple[int, ...], grid: tuple[int, ...]) -> Callable[[dict[str, Any]], Any]:
@@ -89,9 +90,56 @@ def feature_map_case(spatial: tuple[int, ...], source: tuple[int, ...]) -> Case:
     )
 
 
+def patch_views(item: dict[str, Any]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    for view, origin in zip(item["image"].as_tensor(), item["image_origin"]):
+        translate = torch.eye(4, dtype=torch.float64)
+        translate[: len(origin), 3] = origin.double()
+        yield view, item["image"].affine @ translate
+
+
+def patches_case(args: dict[str, Any], spatial: tuple[int, ...], labels: tuple[str, ...] = ()) -> Case:
+    return Case(args=args, spatial=spatial, plain=("_origin",), labels=labels, views=patch_views)
+
+
+def rotation_case(group: str, spatial: tuple[int, ...]) -> Case:
+    return Case(
+        args={"group": group, "max_anisotropy": None},
+        spatial=spatial,
+        labels=("label",),
+        views=lambda item: iter([(item["image"].as_tensor(), item["image"].affine)]),
+    )
+
+
+def views_case(spatial: tuple[int, ...], roi: tuple[int, ...]) -> Case:
+    crop = {"roi_size": list(roi), "random_size": False}
+    on_keys = {"keys": ["image", "pet"], "allow_missing_keys": True}
+    return Case(
+        args={"num_views": 4, "transform": {"_target_": "RandSpatialCrop", **crop}},
+        dictionary_args={"transform": {"_target_": "RandSpatialCropd", **crop, **on_keys}},
+        spatial=spatial,
+    )
+
+
+GRID_3D: dict[str, Any] = {"grid_size": [2, 3, 1], "jitter": 2, "gap": [1, 0.2, 1]}
+GRID_2D: dict[str, Any] = {"grid_size": [2, 3], "jitter": 2, "gap": 1}
+JITTER: dict[str, Any] = {"jitter": 2, "gap": 0}
+SIZE_3D, SIZE_2D = (10, 14, 5), (13, 17)
+
 # class name without the d of the dictionary form: cases by number of spatial axes
 CASES: dict[str, dict[int, Case]] = {
     "FeatureMapAffine": {3: feature_map_case((5, 6, 7), (10, 12, 21)), 2: feature_map_case((5, 6), (10, 12))},
+    "GridPatches": {3: patches_case(GRID_3D, SIZE_3D), 2: patches_case(GRID_2D, SIZE_2D)},
+    "RandCubeRotation": {3: rotation_case("cube24", (6, 6, 6)), 2: rotation_case("plane4", (7, 7))},
+    "RandGridPatches": {3: patches_case(GRID_3D, SIZE_3D), 2: patches_case(GRID_2D, SIZE_2D)},
+    "RandJigsaw": {
+        3: patches_case({"grid_size": [2, 3, 1], "num_permutations": 50, **JITTER}, SIZE_3D, ("label",)),
+        2: patches_case({"grid_size": [2, 3], "num_permutations": 50, **JITTER}, SIZE_2D, ("label",)),
+    },
+    "RandRelativeLocation": {
+        3: patches_case({"grid_size": [3, 1, 3], "num_queries": 5, **JITTER}, (13, 5, 10), ("label",)),
+        2: patches_case({"grid_size": 3, "num_queries": 5, **JITTER}, SIZE_2D, ("label",)),
+    },
+    "RandViews": {3: views_case((8, 7, 6), (5, 4, 3)), 2: views_case((13, 17), (7, 8))},
     "RandVoCoCrops": {3: voco_case((5, 6, 7), (3, 2, 1)), 2: voco_case((5, 6), (2, 3))},
 }
 # always MetaTensors in and out, since writing an affine is all they do
@@ -130,8 +178,13 @@ random_only = select(is_random)
 random_dictionary_only = select(lambda cls: is_random(cls) and is_dictionary(cls))
 
 
+def arguments_of(cls: type, case: Case) -> dict[str, Any]:
+    return {**case.args, **case.dictionary_args} if is_dictionary(cls) else case.args
+
+
 def build(cls: type, case: Case, keys: Any = "image", inner: bool = False, **more: Any) -> Any:
-    args = {**case.args, **(case.inner if inner else {}), **more}
+    args = ConfigParser(copy.deepcopy(arguments_of(cls, case))).get_parsed_content()
+    args = {**args, **(case.inner if inner else {}), **more}
     return cls(keys, **args) if is_dictionary(cls) else cls(**args)
 
 
@@ -193,8 +246,8 @@ def test_names() -> None:
 
 @every
 def test_built_by_short_name_from_json(cls: type, ndim: int) -> None:
-    case = case_of(cls, ndim)
-    arguments = {"keys": ["image"], **case.args} if is_dictionary(cls) else case.args
+    arguments = arguments_of(cls, case_of(cls, ndim))
+    arguments = {"keys": ["image"], **arguments} if is_dictionary(cls) else arguments
     config = json.loads(json.dumps({"imports": ["$import monai_ssl"], "it": {"_target_": cls.__name__, **arguments}}))
     assert type(ConfigParser(config).get_parsed_content("it")) is cls
 
@@ -360,9 +413,10 @@ def test_workers(cls: type, ndim: int) -> None:
         views.append(torch.cat([batch[key] for batch in DataLoader(dataset, batch_size=1, num_workers=num_workers)]))
     assert torch.equal(views[0], views[1])
     assert torch.equal(views[0], views[2])
-    loader = DataLoader(Dataset(items, Compose([build(cls, case)])), batch_size=1, num_workers=2)
+    # a label may repeat by chance, the labels of eight items not
+    loader = DataLoader(Dataset(4 * items, Compose([build(cls, case)])), batch_size=1, num_workers=2)
     unkeyed = [batch[key].as_tensor().numpy().tobytes() for batch in loader]
-    assert len(set(unkeyed)) == 4  # two workers do not draw the same
+    assert unkeyed[::2] != unkeyed[1::2]  # two workers do not draw the same
     assert get_track_meta()
 
 
@@ -407,6 +461,6 @@ def test_collation(cls: type, ndim: int) -> None:
     batch = list_data_collate(items)
     for item, part in zip(items, decollate_batch(batch)):
         for key in written(case):
-            assert torch.equal(part[key], item[key])
+            assert torch.equal(torch.as_tensor(part[key]), item[key])  # a scalar comes back as a number
             if isinstance(item[key], MetaTensor):
                 assert torch.equal(part[key].affine, item[key].affine)
