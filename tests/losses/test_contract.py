@@ -9,12 +9,15 @@ import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from monai.bundle import ConfigParser
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from monai_ssl import losses
 
@@ -54,7 +57,40 @@ def voco_case(**args: Any) -> Case:
     )
 
 
+def pair_case(*shape: int, **args: Any) -> Case:
+    """Two tensors of the same shape, ``num`` items in front."""
+
+    def tensors(num: int, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+        generator = torch.Generator().manual_seed(0)
+        first, second = torch.randn(2, num, *shape, generator=generator, dtype=torch.float64).to(dtype)
+        return first, [second]
+
+    return Case(args, tensors, lambda loss, first, second: loss(first, second))
+
+
+def released_cpc_case() -> Case:
+    """One negative for each of 4 items' columns, by its number in the batch."""
+    case = pair_case(3, 2, 8, mode="bce")
+
+    def tensors(num: int, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+        prediction, (target,) = case.tensors(num, dtype)
+        return prediction, [target, torch.arange(3 * num).roll(4).view(num, 3)]
+
+    def call(loss: nn.Module, x: Tensor, target: Tensor, negatives: Tensor, place: Tensor | None = None) -> Tensor:
+        if place is not None:
+            negatives = place[negatives // 3] * 3 + negatives % 3
+        return loss(x, target, negatives=negatives.reshape(-1, 1))
+
+    return Case(case.args, tensors, call, permuted=lambda order: {"place": torch.argsort(order)})
+
+
 CASES: dict[str, list[Case]] = {
+    "CPCLoss": [
+        pair_case(3, 2, 8),
+        pair_case(3, 2, 8, mode="paper", temperature=2.0, normalize=False),
+        released_cpc_case(),
+    ],
+    "NTXentLoss": [pair_case(8)],
     "VoCoLoss": [voco_case(), voco_case(variant="v1"), voco_case(variant="cvpr"), voco_case(symmetric_reg=True)],
 }
 
@@ -143,6 +179,26 @@ def test_order_of_items(name: str, case: Case) -> None:
     torch.testing.assert_close(shuffled[1], gradient[order], atol=1e-12, rtol=0)
 
 
+class NoReads(TorchDispatchMode):
+    """Refuses what hands a value to Python, or gives a result whose shape depends on values."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        masks = [i for i in args[1] if i is not None] if func is torch.ops.aten.index.Tensor else []
+        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        assert all(mask.dtype is not torch.bool for mask in masks)
+        return func(*args, **(kwargs or {}))
+
+
+@each
+def test_no_value_is_read_back(name: str, case: Case) -> None:
+    """It would make the host wait for the device."""
+    x, others = case.tensors(4, torch.float32)
+    with NoReads():
+        value_and_gradient(build(name, case), case, x, others)
+        with pytest.raises(AssertionError):
+            x[x > 0]
+
+
 def check_ddp(rank: int) -> None:
     """The gradient of the weights before a loss on two processes is that of the joined batch."""
     for name, case in EACH:
@@ -150,7 +206,8 @@ def check_ddp(rank: int) -> None:
         torch.manual_seed(0)
         network = nn.Linear(x.shape[-1], x.shape[-1], dtype=torch.float64)
         loss = build(name, case)
-        case.call(loss, network(x), *others, **case.joined).backward()
+        with mock.patch.object(dist, "is_initialized", return_value=False):  # as one process alone
+            case.call(loss, network(x), *others, **case.joined).backward()
         expected = [p.grad.clone() for p in network.parameters()]
         network.zero_grad()
         replica = DistributedDataParallel(network)

@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Losses are computed in float32 or better, also under autocast."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def no_autocast(like: Tensor) -> torch.autocast:
+    return torch.autocast(device_type=like.device.type, enabled=False)
+
+
+def full_precision(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """Rows divided by their length; a zero row stays zero."""
+    return F.normalize(full_precision(x), dim=-1, eps=1e-8)
