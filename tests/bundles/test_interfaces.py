@@ -126,6 +126,7 @@ def test_federated_learning(quickly_trained: Trained, tmp_path: Path) -> None:
     client.finalize()
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:mlflow", "ignore:The ``noload`` loader strategy")
 def test_mlflow(bundle: Path, settings: BundleSettings, quick: dict[str, Any], tmp_path: Path) -> None:
     pytest.importorskip("mlflow")
     root = copy_bundle(bundle, tmp_path)
