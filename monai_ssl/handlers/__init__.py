@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from .confusion_matrix import ConfusionMatrixHandler
 from .curves import CurvesHandler
 from .embedding_monitor import EmbeddingMonitor
 from .finite_loss import FiniteLossHandler
@@ -17,6 +18,7 @@ from .resume import ResumeHandler
 from .run_progress_bar import RunProgressBar
 
 __all__ = [
+    "ConfusionMatrixHandler",
     "CurvesHandler",
     "EmbeddingMonitor",
     "FiniteLossHandler",

@@ -3,9 +3,26 @@
 
 from __future__ import annotations
 
+from .confusion import plot_confusion
 from .curves import plot_curves
 from .overlay import plot_overlay
 from .panels import COLOURS, Box, Panel, draw_panels, figure_image
+from .patches import cpc_panels, jigsaw_panels, relative_location_panels, rotation_panels, view_panels
 from .voco import voco_panels
 
-__all__ = ["COLOURS", "Box", "Panel", "draw_panels", "figure_image", "plot_curves", "plot_overlay", "voco_panels"]
+__all__ = [
+    "COLOURS",
+    "Box",
+    "Panel",
+    "cpc_panels",
+    "draw_panels",
+    "figure_image",
+    "jigsaw_panels",
+    "plot_confusion",
+    "plot_curves",
+    "plot_overlay",
+    "relative_location_panels",
+    "rotation_panels",
+    "view_panels",
+    "voco_panels",
+]
