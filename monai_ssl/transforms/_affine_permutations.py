@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from math import isqrt
+
 import numpy as np
 import torch
 
@@ -41,11 +43,13 @@ def affine_rows(q: int, seed: int, rows: np.ndarray) -> torch.Tensor:
 
 def prime_power(q: int) -> tuple[int, int] | None:
     """(p, k) with q = p^k and p prime, or None."""
-    p = next((d for d in range(2, int(q**0.5) + 1) if q % d == 0), q)
-    k, rest = 0, q
-    while q > 1 and rest % p == 0:
-        k, rest = k + 1, rest // p
-    return (p, k) if q > 1 and rest == 1 else None
+    if q < 2:
+        return None
+    p = next((d for d in range(2, isqrt(q) + 1) if q % d == 0), q)
+    k = 1
+    while p**k < q:
+        k += 1
+    return (p, k) if p**k == q else None
 
 
 class GaloisField:
