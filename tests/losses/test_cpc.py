@@ -39,9 +39,8 @@ def reference(
         columns = list(product(range(b), range(q)))
         total = 0.0
         for i, (at, other) in enumerate(zip(columns, negatives)):
-            logit = lambda place, at=at: sum(
-                x[at][s, j] * t[place][s, j] for s in range(k) for j in range(d)
-            ) / (k * d)  # fmt: skip
+            terms = lambda place, at=at: [x[at][s, j] * t[place][s, j] for s in range(k) for j in range(d)]
+            logit = lambda place, terms=terms: sum(terms(place)) / (k * d)
             total += (softplus(-logit(columns[i])) + softplus(logit(columns[other[0]]))) / 2
         return total / len(columns)
     places = list(product(range(b), range(q), range(k)))
