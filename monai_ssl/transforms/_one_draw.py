@@ -135,5 +135,8 @@ def with_meta_of(img: NdarrayOrTensor, result: torch.Tensor, affine: torch.Tenso
     """The result with a copy of the image's meta data, and `affine` if given; plain where meta data are not tracked."""
     if not get_track_meta():
         return result
-    meta = deepcopy(img.meta) if isinstance(img, MetaTensor) else {}
-    return MetaTensor(result, meta=meta if affine is None else {**meta, "affine": affine})
+    if not isinstance(img, MetaTensor):
+        return MetaTensor(result)
+    # the affine apart, since a deep copy of a tensor takes as long as all the rest
+    meta = deepcopy({key: value for key, value in img.meta.items() if key != "affine"})
+    return MetaTensor(result, meta={**meta, "affine": img.affine.clone() if affine is None else affine})

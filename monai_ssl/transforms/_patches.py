@@ -83,15 +83,12 @@ def extract_patches(img: NdarrayOrTensor, starts: torch.Tensor, size: Sizes) -> 
     image = _plain_tensor(img)
     spatial, starts = tuple(image.shape[1:]), torch.as_tensor(starts)
     sizes = per_axis("size", size, len(spatial))
-    if starts.ndim != 2 or starts.shape[1] != len(spatial):
+    if starts.ndim != 2 or len(starts) < 1 or starts.shape[1] != len(spatial):
         raise ValueError(f"starts of shape {tuple(starts.shape)} must be (P, {len(spatial)}) in an image of {spatial}")
     if ((starts < 0) | (starts + torch.tensor(sizes) > torch.tensor(spatial))).any():
         raise ValueError(f"patches of size {sizes} at {starts.tolist()} leave the image of spatial shape {spatial}")
-    patches = image.new_empty((len(starts), image.shape[0], *sizes))
-    for p, start in enumerate(starts.tolist()):
-        window = (slice(None), *(slice(a, a + s) for a, s in zip(start, sizes)))
-        patches[p] = image[window]
-    return patches
+    windows = [(slice(None), *(slice(a, a + s) for a, s in zip(start, sizes))) for start in starts.tolist()]
+    return torch.stack([image[window] for window in windows]).contiguous()
 
 
 class PatchGrid:
@@ -99,11 +96,14 @@ class PatchGrid:
 
     def __init__(self, *arguments: Any) -> None:
         self.arguments = arguments
+        self._last: tuple[Any, Any] = (None, None)  # image size and result
         ndim = next((len(value) for value in arguments if np.ndim(value)), 1)
         _arguments(ndim, *arguments)
 
     def __call__(self, image_size: Sequence[int]) -> tuple[torch.Tensor, tuple[int, ...], tuple[int, ...]]:
-        return patch_grid(image_size, *self.arguments)
+        if self._last[0] != tuple(image_size):
+            self._last = (tuple(image_size), patch_grid(image_size, *self.arguments))
+        return self._last[1]
 
     def cut(self, img: NdarrayOrTensor, starts: torch.Tensor) -> torch.Tensor:
         """Patches of this grid's size, with the meta data of the image."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import chain, combinations, permutations
+from math import hypot
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -114,8 +115,7 @@ class RandCubeRotation(OneDraw):
     def check(self, img: NdarrayOrTensor, name: str = "img") -> None:
         """Raise a ValueError when the shape or the spacing of the image would give the rotation away."""
         size = tuple(img.shape[1:])
-        table = _rotations(self.group, len(size), self.plane)
-        exchanged = [i for i in range(len(size)) if any(axes[i] != i for axes, _ in table)]
+        exchanged = _exchanged(self.group, len(size), self.plane)
         if len({size[i] for i in exchanged}) > 1:
             raise ValueError(
                 f"'{name}' has spatial shape {size}, which would tell how '{self.group}' turned axes {exchanged}; "
@@ -123,7 +123,8 @@ class RandCubeRotation(OneDraw):
             )
         if self.max_anisotropy is None or not exchanged or not isinstance(img, MetaTensor):
             return
-        spacing = [float(img.pixdim[i]) for i in exchanged]
+        rows = img.affine.tolist()[:-1]
+        spacing = [hypot(*(row[i] for row in rows)) for i in exchanged]  # as img.pixdim, faster
         if max(spacing) > self.max_anisotropy * min(spacing):
             raise ValueError(
                 f"'{name}' has voxels of {spacing} along axes {exchanged}, unequal by more than max_anisotropy "
@@ -144,9 +145,8 @@ class RandCubeRotation(OneDraw):
         turned = turned.flip(dims).contiguous() if dims else turned.clone(memory_format=torch.contiguous_format)
         if not isinstance(img, MetaTensor):
             return with_meta_of(img, turned)
-        matrix = rotation_matrix(axes, flips, tuple(image.shape[1:]))
-        rank = len(img.affine) - 1  # MONAI keeps a 4 x 4 affine for 2D images too
-        return with_meta_of(img, turned, img.affine @ torch.as_tensor(to_affine_nd(rank, matrix)).to(img.affine))
+        matrix = _matrix(axes, flips, tuple(image.shape[1:]), len(img.affine) - 1)
+        return with_meta_of(img, turned, img.affine @ matrix.to(img.affine))
 
 
 class RandCubeRotationd(OneDrawd):
@@ -199,6 +199,18 @@ def _rotations(group: str, d: int, plane: tuple[int, int]) -> tuple[Rotation, ..
         return tuple(_turn(d, *turn) for turn in HALF4)
     first = tuple(_turn(d, *turn) for turn in AXIS10)
     return first if group == "axis10" else first + tuple(r for r in _cube() if r not in first)
+
+
+@lru_cache
+def _exchanged(group: str, d: int, plane: tuple[int, int]) -> list[int]:
+    """The axes that some class of the group moves."""
+    return [i for i in range(d) if any(axes[i] != i for axes, _ in _rotations(group, d, plane))]
+
+
+@lru_cache(maxsize=256)
+def _matrix(axes: tuple[int, ...], flips: tuple[bool, ...], size: tuple[int, ...], rank: int) -> torch.Tensor:
+    """`rotation_matrix` for an affine of `rank` axes: MONAI keeps a 4 x 4 one for 2D images too."""
+    return torch.as_tensor(to_affine_nd(rank, rotation_matrix(axes, flips, size)))
 
 
 def _turn(d: int, k: int, a: int, b: int) -> Rotation:

@@ -158,6 +158,8 @@ def test_strided_and_read_only_images() -> None:
     img = index_image((14, 17)).numpy()
     img.flags.writeable = False
     starts = patch_grid((14, 17), 2)[0]
+    channels_last = torch.rand(1, 2, 14, 17, 19).to(memory_format=torch.channels_last_3d)[0]
+    assert GridPatches(2)(channels_last).is_contiguous()
     for given in (img, img[:, ::-1], torch.tensor(img).transpose(1, 2).contiguous().transpose(1, 2)):
         patches = GridPatches(2)(given)
         assert torch.equal(patches, crops(torch.tensor(np.array(given)), starts, (7, 8)))
@@ -345,6 +347,7 @@ def test_patches_that_do_not_fit(args: Any, message: str) -> None:
     [
         ([[0, 0, 0]], r"must be \(P, 2\)"),
         ([0, 0], r"must be \(P, 2\)"),
+        (np.zeros((0, 2)), r"must be \(P, 2\)"),
         ([[0, -1]], "leave the image"),
         ([[8, 0]], "leave the image"),
     ],
