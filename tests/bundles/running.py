@@ -21,8 +21,9 @@ from .settings import SETTINGS, BundleSettings
 REPOSITORY = Path(__file__).resolve().parents[2]
 BUNDLES = Path(os.environ.get("MONAI_SSL_TEST_BUNDLES", REPOSITORY / "bundles"))
 NAMES = sorted(path.parent.parent.name for path in BUNDLES.glob("*/configs/metadata.json"))
-# the workflows that every bundle has; further files of configs/ are variants of the first
+# the workflows that every bundle has, and the fine-tuning that some have; further files are variants of the first
 ROLES = ("train.yaml", "evaluate.yaml", "multi_gpu_train.yaml", "inference.yaml", "tracking_mlflow.yaml")
+FINETUNE = ("finetune.yaml", "finetune_published.yaml")
 TIME_LIMIT = 300
 
 
@@ -31,7 +32,7 @@ def settings_of(bundle: Path) -> BundleSettings:
 
 
 def variants(bundle: Path) -> list[str]:
-    return sorted(path.name for path in (bundle / "configs").glob("*.yaml") if path.name not in ROLES)
+    return sorted(path.name for path in (bundle / "configs").glob("*.yaml") if path.name not in ROLES + FINETUNE)
 
 
 def copy_bundle(bundle: Path, parent: Path) -> Path:

@@ -49,7 +49,42 @@ LARGER, WHOLE = [11.0, 9.0, 5.5], [12.5, 10.5, 6.2]
 VOCO = {**TINY, "val_fraction": 0.33, "monitor_interval": 1, "preview_interval": 2, "hidden_dim": 16, "out_dim": 8}
 SEGMENTATION = {**TINY, "val_fraction": 0.33, "test_fraction": 0.17, "num_samples": 1, "num_overlays": 1}
 
+# The patch pretexts: patches that leave two voxels on the coarsest level of SegResNet; what a wider stride needs is
+# given with the variant.
+PATCHES = {**TINY, "val_fraction": 0.33, "monitor_interval": 1, "preview_interval": 2, "pixdim": [6.0, 6.0, 6.0]}
+PATCHES_OF_32 = {"roi_size": [96, 96, 96], "pixdim": [4.0, 4.0, 4.0], "jitter": 0, "gap": 0, "feature_size": 12}
+
+
+def patch_pretext(variants: dict[str, tuple[list[str], dict[str, Any]]], **more: Any) -> BundleSettings:
+    return BundleSettings(
+        train={**PATCHES, "init_filters": 8, "roi_size": [48, 48, 48], "max_epochs": 1, **more},
+        quick_files=("train.yaml", "small.yaml"),
+        quick={**PATCHES, "max_epochs": 2},
+        inference={**CPU, "init_filters": 8, "roi_size": [32, 32, 32], "pixdim": WHOLE, "overlap": 0.0},
+        encoder={"init_filters": 8},
+        network_input=(1, 1, 32, 32, 16),
+        variants=variants,
+    )
+
+
 SETTINGS = {
+    "rpl_segresnet_ct": patch_pretext(
+        {"unet.yaml": ([], {"roi_size": [72, 72, 72]}), "swin_unetr.yaml": ([], PATCHES_OF_32)}
+    ),
+    "jigsaw_segresnet_ct": patch_pretext(
+        {"unet.yaml": ([], {"roi_size": [72, 72, 72]}), "swin_unetr.yaml": ([], PATCHES_OF_32)}, num_permutations=8
+    ),
+    "rotation_segresnet_ct": patch_pretext({"swin_unetr.yaml": ([], {"roi_size": [64, 64, 64], "feature_size": 12})}),
+    "cpc_segresnet_ct": patch_pretext(
+        {
+            "published.yaml": ([], {"roi_size": [64, 64, 64], "features": 512}),
+            "unet.yaml": ([], {"roi_size": [80, 80, 80], "jitter": 0, "gap": 2}),
+            "swin_unetr.yaml": ([], {**PATCHES_OF_32, "roi_size": [128, 128, 128]}),
+        }
+    ),
+    "exemplar_segresnet_ct": patch_pretext(
+        {"swin_unetr.yaml": ([], {"feature_size": 12})}, view_size=[32, 32, 32], embed_dim=16
+    ),
     "voco_swinunetr_ct": BundleSettings(
         train={**VOCO, **SWIN, "max_epochs": 1, "pixdim": LARGER, "grid_size": [1, 2, 1], "num_samples": 1},
         quick_files=("train.yaml", "small.yaml"),
@@ -68,6 +103,7 @@ SETTINGS = {
         quick={**SEGMENTATION, "max_epochs": 2, "pixdim": [12.0, 12.0, 12.0]},
         two_processes={"val_fraction": 0.17},  # one validation volume for two processes
         inference={**CPU, **SWIN, "pixdim": WHOLE, "overlap": 0.0},
+        variants={"segresnet_ds.yaml": ([], {"init_filters": 8})},
         same_grid=True,
     ),
 }

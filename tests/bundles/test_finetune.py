@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fine-tuning of what the patch pretexts give: their own finetune.yaml, and the bundle segmentation_finetuning."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ignite.engine import Engine, Events
+
+from monai_ssl.networks import save_pretrained
+
+from .conftest import Trained
+from .running import BUNDLES, FINETUNE, NAMES, chain, copy_bundle, item, load_config, make, run, settings_of
+
+PATCH_BUNDLES = [name for name in NAMES if (BUNDLES / name / "configs" / "finetune.yaml").is_file()]
+CPU = {"device": "$torch.device('cpu')", "num_workers": 0, "cache": "none"}
+TINY = {**CPU, "pixdim": [12.0] * 3, "roi_size": [32] * 3, "batch_size": 2, "num_samples": 1, "init_filters": 8}
+TINY |= {"val_interval": 2, "log_interval": 1, "val_fraction": 0.17, "test_fraction": 0.17, "num_overlays": 0}
+DOWNSTREAM = {  # variant of the pretraining bundle -> variant of segmentation_finetuning, and what makes both narrow
+    "": ("segresnet_ds.yaml", {"init_filters": 8}),
+    "unet.yaml": ("unet.yaml", {}),
+    "swin_unetr.yaml": ("swin_vit.yaml", {"feature_size": 12}),
+    "small.yaml": ("small.yaml", {}),
+}
+
+
+def tiny(dataset: Path, **more: Any) -> dict[str, Any]:
+    return {**TINY, "dataset_dir": str(dataset), **more}
+
+
+def test_one_file_for_all() -> None:
+    for file in FINETUNE:
+        assert len({(BUNDLES / name / "configs" / file).read_bytes() for name in PATCH_BUNDLES}) == 1
+
+
+def test_scratch_has_the_same_schedule() -> None:
+    """Equal for both: the only parameter that tells them apart is the file."""
+    config = load_config(BUNDLES / PATCH_BUNDLES[0], "finetune.yaml")
+    users = [key for key, value in config.items() if "@pretrained" in str(value)]
+    assert users == ["load_encoder"]
+
+
+@pytest.mark.parametrize("bundle", PATCH_BUNDLES, indirect=True)
+def test_frozen_then_free(bundle: Path, trained: Trained, dataset: Path, tmp_path: Path) -> None:
+    """The encoder has the bits of the file until `freeze_epochs` are over, and moves in the next epoch."""
+    file = trained.root / "models" / "encoder.pt"
+    root = copy_bundle(bundle, tmp_path)
+    workflow = make(root, "finetune.yaml", **tiny(dataset, pretrained=str(file), freeze_epochs=2, max_epochs=3))
+    assert workflow.check_properties() == []
+    state = torch.load(file, weights_only=True)
+    encoder, head = item(workflow, "encoder"), item(workflow, "network_def").up_layers
+    same: list[bool] = []
+    moved: list[bool] = []
+    before = {name: value.clone() for name, value in head.state_dict().items()}
+
+    def note(engine: Engine) -> None:
+        same.append(all(torch.equal(value, state[name]) for name, value in encoder.state_dict().items()))
+        moved.append(any(not torch.equal(value, before[name]) for name, value in head.state_dict().items()))
+
+    item(workflow, "train#trainer").add_event_handler(Events.EPOCH_COMPLETED, note)
+    assert encoder.state_dict().keys() == state.keys()
+    run(workflow)
+    assert same == [True, True, False]
+    assert moved == [True, True, True]
+    assert (root / "models" / "finetune" / "model.pt").is_file()
+
+
+def test_published_protocol(dataset: Path, tmp_path: Path) -> None:
+    root = copy_bundle(BUNDLES / PATCH_BUNDLES[0], tmp_path)
+    workflow = make(root, *FINETUNE, **tiny(dataset, pretrained=None, max_epochs=1))
+    trainer = item(workflow, "train#trainer")
+    assert [group["lr"] for group in item(workflow, "optimizer").param_groups] == [0.0, 0.001]
+    run(workflow)
+    assert 0 < trainer.state.output["loss"] < 1
+
+
+def test_wrong_checkpoint(dataset: Path, tmp_path: Path) -> None:
+    """Two channels do not fit one: an error, not random weights."""
+    root = copy_bundle(BUNDLES / PATCH_BUNDLES[0], tmp_path)
+    settings = settings_of(root)
+    other = make(root, "train.yaml", **{**settings.train, "dataset_dir": str(dataset), "in_channels": 2})
+    file = tmp_path / "two_channels.pt"
+    save_pretrained(item(other, "encoder"), file, {})
+    with pytest.raises(Exception) as caught:
+        make(root, "finetune.yaml", **tiny(dataset, pretrained=str(file)))
+    assert any(file.name in str(error) for error in chain(caught.value))
+
+
+def test_label_fractions_are_nested(dataset: Path, tmp_path: Path) -> None:
+    root = copy_bundle(BUNDLES / PATCH_BUNDLES[0], tmp_path)
+
+    def chosen(fraction: float, seed: int) -> list[str]:
+        options = tiny(
+            dataset, pretrained=None, label_fraction=fraction, seed=seed, val_fraction=0.0, test_fraction=0.0
+        )
+        return [entry["name"] for entry in item(make(root, "finetune.yaml", **options), "data")["training"]]
+
+    small, large = chosen(0.34, 0), chosen(0.67, 0)
+    assert len(small) == 2
+    assert len(large) == 4
+    assert set(small) < set(large)
+    assert {tuple(sorted(chosen(0.34, seed))) for seed in range(4)} != {tuple(sorted(small))}
+
+
+@pytest.mark.parametrize("variant", DOWNSTREAM)
+@pytest.mark.parametrize("name", PATCH_BUNDLES)
+def test_encoder_fills_the_downstream_network(name: str, variant: str, dataset: Path, tmp_path: Path) -> None:
+    downstream, narrow = DOWNSTREAM[variant]
+    settings = settings_of(BUNDLES / name)
+    _, more = settings.variants.get(variant, ([], {}))
+    options = {**settings.train, **more, **narrow, "dataset_dir": str(dataset)}
+    pretraining = make(BUNDLES / name, "train.yaml", *filter(None, [variant]), **options)
+    encoder = item(pretraining, "encoder")
+    file = tmp_path / "encoder.pt"
+    save_pretrained(encoder, file, item(pretraining, "provenance"))
+    finetuning = make(
+        BUNDLES / "segmentation_finetuning",
+        *("train.yaml", downstream),
+        **{**CPU, **narrow, "dataset_dir": str(dataset), "pretrained": str(file), "ckpt_dir": str(tmp_path)},
+    )
+    filled = item(finetuning, "encoder").state_dict()
+    assert filled.keys() == encoder.state_dict().keys()
+    assert all(torch.equal(value, filled[key]) for key, value in encoder.state_dict().items())
+    network = item(finetuning, "network_def").state_dict()
+    pointers = {value.data_ptr() for value in network.values()}
+    assert {value.data_ptr() for value in filled.values()} <= pointers, "a view of the network that is trained"
