@@ -144,6 +144,15 @@ def test_patches_are_the_right_voxels(image: Any, args: Any, channels: int) -> N
         assert out["image"].is_contiguous()
 
 
+@pytest.mark.parametrize("cls", [GridPatches, RandGridPatches])
+def test_images_of_different_size_one_after_the_other(cls: Any) -> None:
+    transform = cls((2, 3), gap=1)
+    for image in ((14, 17), (9, 20), (14, 17)):
+        starts, size, _ = patch_grid(image, (2, 3), gap=1)
+        img = index_image(image)
+        assert torch.equal(transform(img), crops(img, starts, size))
+
+
 def test_extract_patches_is_plain_and_keeps_gradients() -> None:
     img = index_image((5, 6, 7), 2).requires_grad_()
     patches = extract_patches(MetaTensor(img.detach()), torch.tensor([[0, 1, 2], [3, 0, 4]]), (2, 4, 3))
@@ -158,8 +167,8 @@ def test_strided_and_read_only_images() -> None:
     img = index_image((14, 17)).numpy()
     img.flags.writeable = False
     starts = patch_grid((14, 17), 2)[0]
-    channels_last = torch.rand(1, 2, 14, 17, 19).to(memory_format=torch.channels_last_3d)[0]
-    assert GridPatches(2)(channels_last).is_contiguous()
+    for memory_format in (torch.channels_last, torch.contiguous_format):
+        assert GridPatches(2)(torch.rand(2, 14, 17, 19).to(memory_format=memory_format)).is_contiguous()
     for given in (img, img[:, ::-1], torch.tensor(img).transpose(1, 2).contiguous().transpose(1, 2)):
         patches = GridPatches(2)(given)
         assert torch.equal(patches, crops(torch.tensor(np.array(given)), starts, (7, 8)))
