@@ -5,23 +5,30 @@ from __future__ import annotations
 
 from .caching import DiskCacheDataset, cached_dataset
 from .checks import BadVolumesError, check_volumes
-from .datalist import build_datalist, select_labelled
+from .class_labels import build_class_datalist, class_weights
+from .datalist import build_datalist
 from .keyed import KeyedDataset, KeyedSampler
-from .phantom import PHANTOM_LABELS, PhantomVolume, torso_phantom
-from .phantom_files import phantom_dir, write_phantom
+from .phantom import PHANTOM_LABELS, PHANTOM_PHASES, PhantomVolume, phantom_phase, torso_phantom
+from .phantom_files import phantom_dir, write_phantom, write_phantom_phases
+from .split import select_labelled
 
 __all__ = [
     "PHANTOM_LABELS",
+    "PHANTOM_PHASES",
     "BadVolumesError",
     "DiskCacheDataset",
     "KeyedDataset",
     "KeyedSampler",
     "PhantomVolume",
+    "build_class_datalist",
     "build_datalist",
     "cached_dataset",
     "check_volumes",
+    "class_weights",
     "phantom_dir",
+    "phantom_phase",
     "select_labelled",
     "torso_phantom",
     "write_phantom",
+    "write_phantom_phases",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +46,14 @@ def check_volumes(
     num_workers: int | None = None,
     progress: bool = True,
     min_training: int = 1,
+    spatial_dims: int = 3,
 ) -> Any:
     """Read every volume once, before training, and stop with one report of those that cannot be used.
 
-    Faults of an image: unreadable, empty, fewer than 2 voxels along an axis, NaN or infinite, constant, an affine that
-    is singular, fewer voxels than `min_size` after resampling, another number of channels than most. A label must be
-    readable, finite, and on the grid of its image. Files that were read before and have not changed are not read again.
+    Faults of an image: unreadable, empty, fewer than 2 voxels along an axis or another number of axes, NaN or infinite,
+    constant, an affine that is singular, fewer voxels than `min_size` after resampling, another number of channels than
+    most. A label must be readable, finite, and on the grid of its image. Files that were read before and have not
+    changed are not read again.
 
     Args:
         data: the lists of `build_datalist`, or one list of items.
@@ -63,6 +65,7 @@ def check_volumes(
         num_workers: processes that read; 0 for none, None for up to 8.
         progress: show a progress bar.
         min_training: least number of volumes in the part "training", such as one whole batch.
+        spatial_dims: 3, or 2 for pictures, whose `pixdim` and `min_size` are in the file's own order of axes.
 
     Returns:
         `data` itself or, with `skip_bad`, without the faulty items.
@@ -75,7 +78,7 @@ def check_volumes(
     items = [item for part in parts.values() for item in part]
     images = {path: item[key] for item in items for key, path in _checked(item, keys).items()}
     facts = dict(zip(images, collect_facts(list(images.values()), num_workers, progress)))
-    faults = _faults(items, keys, facts, pixdim, min_size)
+    faults = _faults(items, keys, facts, lambda found: image_fault(found, pixdim, min_size, spatial_dims))
     shown = _named(items, faults)
     if faults and not skip_bad:
         raise BadVolumesError(shown, len(images))
@@ -110,7 +113,7 @@ def _checked(item: dict[str, Any], keys: Sequence[str]) -> dict[str, str]:
 
 
 def _faults(
-    items: Items, keys: Sequence[str], facts: Mapping[str, Facts], pixdim: Any, min_size: Any
+    items: Items, keys: Sequence[str], facts: Mapping[str, Facts], fault_of: Callable[[Facts], str | None]
 ) -> dict[str, str]:
     faults: dict[str, str] = {}
     channels: dict[str, dict[str, int]] = {}
@@ -120,7 +123,7 @@ def _faults(
             if key == "label":
                 fault = label_fault(facts[path], facts.get(files.get("image", "")))
             else:
-                fault = image_fault(facts[path], pixdim, min_size)
+                fault = fault_of(facts[path])
             if fault is not None:
                 faults[path] = fault
             elif key != "label":

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-import hashlib
 import itertools
 import logging
 import os
@@ -12,8 +11,9 @@ from typing import Any
 
 from monai_ssl.data.files import strip_suffix
 from monai_ssl.data.layout import IMAGE_FOLDERS, Volume, as_list, name_some, read_dataset, require_files
+from monai_ssl.data.split import split_lists
 
-__all__ = ["build_datalist", "select_labelled"]
+__all__ = ["build_datalist"]
 
 _BIDS_SUBJECT = re.compile(r"(?:^|[/_])(sub-[A-Za-z0-9]+)")
 logger = logging.getLogger(__name__)
@@ -27,6 +27,7 @@ def build_datalist(
     with_labels: bool = False,
     subject_pattern: str | None = None,
     phantom: Mapping[str, Any] | None = None,
+    spatial_dims: int = 3,
 ) -> dict[str, list[dict[str, Any]]]:
     """The training, validation and test items of a dataset, split by subject.
 
@@ -43,6 +44,7 @@ def build_datalist(
         with_labels: items carry "label"; every training and validation volume must have one.
         subject_pattern: regular expression, searched in each item's name; its first group is the subject.
         phantom: arguments of `write_phantom`, for an empty `dataset_dir`.
+        spatial_dims: 2 finds pictures (.png, .jpg, .bmp) too.
 
     Returns:
         "training", "validation" and "test": lists of items with "image" (a path, a DICOM folder or a list of paths, one
@@ -52,49 +54,27 @@ def build_datalist(
         ValueError: no volumes, a missing label, a name without subject, or too few subjects to split.
     """
     if not str(dataset_dir):
-        dataset_dir = _write_phantom(phantom or {})
-    parts = read_dataset(dataset_dir)
+        dataset_dir = phantom_folder(phantom or {})
+    lists = as_items(read_dataset(dataset_dir, spatial_dims), subject_pattern, with_labels)
+    if with_labels:
+        _require_labels(lists, Path(dataset_dir))
+    return split_lists(lists, val_fraction, test_fraction, seed)
+
+
+def as_items(
+    parts: Mapping[str, Sequence[Volume]], subject_pattern: str | None, with_labels: bool
+) -> dict[str, list[dict[str, Any]]]:
+    """Volumes as items of a datalist, with their subjects."""
     pool = [volume for volumes in parts.values() for volume in volumes]
     subjects = dict(zip([volume.name for volume in pool], _subjects(pool, subject_pattern)))
-    lists = {
+    return {
         part: [_item(volume, subjects[volume.name], with_labels) for volume in volumes]
         for part, volumes in parts.items()
     }
-    if with_labels:
-        _require_labels(lists, Path(dataset_dir))
-    wanted = {"validation": val_fraction, "test": test_fraction}
-    split = _split(lists["training"], {part: 0.0 if lists[part] else share for part, share in wanted.items()}, seed)
-    result = {part: lists[part] if part != "training" and lists[part] else split[part] for part in lists}
-    for part, items in result.items():
-        logger.info(f"{part}: {len(items)} volumes of {len({item['subject'] for item in items})} subjects")
-    return result
 
 
-def select_labelled(items: Sequence[Any], num_labelled: int | float, seed: int = 0) -> list[Any]:
-    """A random draw of labelled items; with the same seed a smaller draw is the beginning of a larger one.
-
-    Args:
-        items: items of a datalist.
-        num_labelled: a count (int) or a share of the items (float above 0, at most 1; at least one item).
-        seed: of the draw.
-
-    Raises:
-        ValueError: the number is neither, or above the number of items.
-    """
-    if isinstance(num_labelled, bool) or not isinstance(num_labelled, (int, float)):
-        raise ValueError(f"num_labelled must be a count (int) or a share (float), got {num_labelled!r}")
-    if isinstance(num_labelled, float):
-        if not 0 < num_labelled <= 1:
-            raise ValueError(f"num_labelled as a share must be above 0 and at most 1, got {num_labelled}")
-        count = max(1, _round(num_labelled * len(items)))
-    else:
-        count = num_labelled
-    if not 1 <= count <= len(items):
-        raise ValueError(f"num_labelled {num_labelled} asks for {count} of {len(items)} labelled items")
-    return sorted(items, key=lambda item: _rank(seed, str(item.get("name", item.get("image")))))[:count]
-
-
-def _write_phantom(arguments: Mapping[str, Any]) -> Path:
+def phantom_folder(arguments: Mapping[str, Any]) -> Path:
+    """The folder of the embedded phantom, written now if need be."""
     from monai_ssl.data import phantom_dir, write_phantom
 
     return write_phantom(phantom_dir(**arguments), **arguments)
@@ -149,34 +129,3 @@ def _subject(place: str, depth: int) -> str:
         if folder in IMAGE_FOLDERS:  # a folder of the layout, not of a subject
             return "/".join([*parts[:position], strip_suffix(parts[position + 1])])
     return strip_suffix(parts[0])
-
-
-def _split(items: list[dict[str, Any]], shares: dict[str, float], seed: int) -> dict[str, list[dict[str, Any]]]:
-    for part, share in shares.items():
-        if not 0 <= share < 1:
-            raise ValueError(f"the share of subjects for {part} must be at least 0 and below 1, got {share}")
-    ranked = sorted({item["subject"] for item in items}, key=lambda subject: _rank(seed, subject))
-    count = {part: max(1, _round(share * len(ranked))) if share else 0 for part, share in shares.items()}
-    if len(ranked) <= sum(count.values()):
-        raise ValueError(
-            f"{len(ranked)} subjects cannot be split into training, {count['validation']} for validation and "
-            f"{count['test']} for testing: set the shares to 0, or say with subject_pattern what a subject is "
-            f"(found: {name_some(ranked)})"
-        )
-    first, last = count["validation"], len(ranked) - count["test"]  # the test part does not move the validation part
-    part_of = {
-        subject: "validation" if rank < first else "training" if rank < last else "test"
-        for rank, subject in enumerate(ranked)
-    }
-    return {
-        part: [item for item in items if part_of[item["subject"]] == part]
-        for part in ("training", "validation", "test")
-    }
-
-
-def _rank(seed: int, text: str) -> str:
-    return hashlib.sha256(f"{seed}:{text}".encode()).hexdigest()
-
-
-def _round(number: float) -> int:
-    return int(number + 0.5)

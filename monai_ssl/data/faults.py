@@ -14,7 +14,7 @@ from monai.utils import ensure_tuple_rep
 from monai_ssl.data.facts import Facts
 
 
-def image_fault(facts: Facts, pixdim: Any = None, min_size: Any = None) -> str | None:
+def image_fault(facts: Facts, pixdim: Any = None, min_size: Any = None, spatial_dims: int = 3) -> str | None:
     """Why an image cannot be trained on, from its `volume_facts`; None if it can."""
     if "error" in facts:
         return f"cannot be read ({facts['error']})"
@@ -23,8 +23,10 @@ def image_fault(facts: Facts, pixdim: Any = None, min_size: Any = None) -> str |
         return "empty: no voxels"
     if len(shape) > 4:
         return f"{len(shape) - 1} axes besides the channel: {tuple(shape[1:])}"
-    if len(shape) < 4 or min(shape[1:]) < 2:
-        return f"2D only: {_times(shape[1:])} voxels"
+    if spatial_dims == 2 and len(shape) == 4:
+        return f"3D: {_times(shape[1:])} voxels, but spatial_dims is 2"
+    if len(shape) < spatial_dims + 1 or min(shape[1:]) < 2:
+        return f"{spatial_dims - 1}D only: {_times(shape[1:])} voxels"
     if facts["nonfinite"]:
         return f"{facts['nonfinite']} of {np.prod(shape)} voxels are NaN or infinite"
     if facts["constant"]:
@@ -38,16 +40,18 @@ def image_fault(facts: Facts, pixdim: Any = None, min_size: Any = None) -> str |
 def _size_fault(shape: list[int], affine: np.ndarray, pixdim: Any, min_size: Any) -> str | None:
     # MONAI's own lazy transforms tell the size that training will see; nothing is resampled
     volume: Any = MetaTensor(torch.zeros(1).expand(1, *shape[1:]), affine=torch.as_tensor(affine))
-    volume = Orientation("RAS", labels=None, lazy=True)(volume)
+    axes = len(shape) - 1
+    if axes == 3:
+        volume = Orientation("RAS", labels=None, lazy=True)(volume)
     if pixdim is not None:
-        volume = Spacing(ensure_tuple_rep(pixdim, 3), lazy=True)(volume)
+        volume = Spacing(ensure_tuple_rep(pixdim, axes), lazy=True)(volume)
     size = [int(voxels) for voxels in volume.peek_pending_shape()]
-    needed = ensure_tuple_rep(min_size, 3)
+    needed = ensure_tuple_rep(min_size, axes)
     if all(have >= need for have, need in zip(size, needed)):
         return None
-    at = "" if pixdim is None else f" at {_times(ensure_tuple_rep(pixdim, 3))} mm"
+    at = "" if pixdim is None else f" at {_times(ensure_tuple_rep(pixdim, axes))} mm"
     return (
-        f"too small: {_times(size)} voxels{at} (RAS), {_times(needed)} needed: "
+        f"too small: {_times(size)} voxels{at}{' (RAS)' if axes == 3 else ''}, {_times(needed)} needed: "
         "lower roi_size or pixdim, or pad with SpatialPadd"
     )
 
@@ -60,11 +64,13 @@ def label_fault(label: Facts, image: Facts | None = None) -> str | None:
         return "empty: no voxels"
     if label["nonfinite"]:
         return f"{label['nonfinite']} voxels are NaN or infinite"
-    if image is None or len(image.get("shape", ())) != 4:
+    if image is None or len(image.get("shape", ())) not in (3, 4):
         return None  # nothing to compare with: the fault is the image's
     size = np.array(image["shape"][1:])
     if label["shape"][1:] != image["shape"][1:]:
         return f"label of {_times(label['shape'][1:])} voxels on an image of {_times(size)}"
+    if len(size) == 2:
+        return None  # pictures have no place in space
     corners = np.stack([*np.meshgrid(*[(0, n - 1) for n in size]), np.ones((2, 2, 2))]).reshape(4, 8)
     difference = (np.asarray(label["affine"]) - np.asarray(image["affine"])) @ corners
     distance = np.linalg.norm(difference[:3], axis=0).max()

@@ -10,17 +10,23 @@ from contextlib import contextmanager
 from pathlib import Path
 
 VOLUME_SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
 _DETACHED_HEADERS = (".nhdr", ".mhd")
 
 
-def is_volume(name: str) -> bool:
-    """Whether a file name ends like a volume that MONAI reads with NiBabel or ITK."""
-    return name.lower().endswith(VOLUME_SUFFIXES)
+def suffixes(spatial_dims: int = 3) -> tuple[str, ...]:
+    """The suffixes of files that are taken as images; in 2D pictures too."""
+    return VOLUME_SUFFIXES + PICTURE_SUFFIXES if spatial_dims == 2 else VOLUME_SUFFIXES
+
+
+def is_volume(name: str, spatial_dims: int = 3) -> bool:
+    """Whether a file name ends like an image that MONAI reads with NiBabel or ITK, in 2D also with PIL."""
+    return name.lower().endswith(suffixes(spatial_dims))
 
 
 def strip_suffix(name: str) -> str:
-    """A file name or path without its volume suffix; other names stay as they are."""
-    for suffix in VOLUME_SUFFIXES:
+    """A file name or path without its image suffix; other names stay as they are."""
+    for suffix in VOLUME_SUFFIXES + PICTURE_SUFFIXES:
         if name.lower().endswith(suffix):
             return name[: -len(suffix)]
     return name

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from monai_ssl.data.dicom import dicom_series, holds_dicom
-from monai_ssl.data.files import VOLUME_SUFFIXES, is_volume, strip_suffix
+from monai_ssl.data.files import is_volume, strip_suffix, suffixes
 
 IMAGE_FOLDERS = {"images": "labels", "imagesTr": "labelsTr", "imagesTs": "labelsTs"}  # and where their labels are
 _LABEL_FOLDERS = {"labels", "labelstr", "labelsts"}
@@ -35,43 +35,72 @@ def name_some(names: Sequence[str], limit: int = 5) -> str:
     return ", ".join(names[:limit]) + (f" and {others} more" if others > 0 else "")
 
 
-def read_dataset(dataset_dir: str | os.PathLike[str]) -> dict[str, list[Volume]]:
+def read_dataset(dataset_dir: str | os.PathLike[str], spatial_dims: int = 3) -> dict[str, list[Volume]]:
     """The volumes of a dataset, in the parts "training", "validation" and "test" that it has itself.
 
     Args:
         dataset_dir: a datalist (.json) or a folder; in this order: a folder with a datalist `dataset.json`; with
             `images` or `imagesTr` (labels of the same name in `labels`, `labelsTr`; `imagesTs` is the test part);
             any other folder, whose volumes are taken at any depth.
+        spatial_dims: 2 takes pictures (.png, .jpg, .bmp) too.
 
     Raises:
         ValueError: nothing is there, no volume is found, or the datalist is wrong.
     """
+    root = dataset_root(dataset_dir)
+    datalist = datalist_file(root)
+    if datalist is not None:
+        parts = read_datalist(datalist)
+    elif any((root / folder).is_dir() for folder in ("images", "imagesTr")):
+        present = [folder for folder in IMAGE_FOLDERS if (root / folder).is_dir()]
+        found = {folder: _image_folder(root, folder, spatial_dims) for folder in present}
+        parts = {"test": found.pop("imagesTs", []), "training": [volume for part in found.values() for volume in part]}
+    else:
+        parts = {"training": find_volumes(root, spatial_dims=spatial_dims)}
+    return in_parts(parts, root, spatial_dims)
+
+
+def dataset_root(dataset_dir: str | os.PathLike[str]) -> Path:
+    """The absolute path of a dataset.
+
+    Raises:
+        ValueError: it is neither a folder nor a .json file.
+    """
     root = Path(os.path.abspath(Path(dataset_dir).expanduser()))
     if not root.exists():
         raise ValueError(f"dataset_dir {root} does not exist")
-    if root.suffix.lower() == ".json":
-        parts = read_datalist(root)
-    elif not root.is_dir():
+    if root.suffix.lower() != ".json" and not root.is_dir():
         raise ValueError(f"dataset_dir {root} is neither a folder nor a datalist (.json)")
-    elif _is_datalist(root / "dataset.json"):
-        parts = read_datalist(root / "dataset.json")
-    elif any((root / folder).is_dir() for folder in ("images", "imagesTr")):
-        found = {folder: _image_folder(root, folder) for folder in IMAGE_FOLDERS if (root / folder).is_dir()}
-        parts = {"test": found.pop("imagesTs", []), "training": [volume for part in found.values() for volume in part]}
-    else:
-        parts = {"training": find_volumes(root)}
+    return root
+
+
+def datalist_file(root: Path) -> Path | None:
+    """The datalist that a dataset is or holds; nnU-Net's newer dataset.json only describes the volumes."""
+    if root.suffix.lower() == ".json":
+        return root
+    file = root / "dataset.json"
+    return file if file.is_file() and "training" in _read_json(file) else None
+
+
+def in_parts(parts: dict[str, list[Volume]], root: Path, spatial_dims: int = 3) -> dict[str, list[Volume]]:
+    """All three parts, in order.
+
+    Raises:
+        ValueError: there is no volume for training.
+    """
     if not parts.get("training"):
-        supported = ", ".join(VOLUME_SUFFIXES)
+        supported = ", ".join(suffixes(spatial_dims))
         raise ValueError(f"no volumes found in {root}; supported: {supported}, folders with a DICOM series")
     return {part: parts.get(part, []) for part in ("training", "validation", "test")}
 
 
-def find_volumes(root: Path, base: Path | None = None) -> list[Volume]:
+def find_volumes(root: Path, base: Path | None = None, spatial_dims: int = 3) -> list[Volume]:
     """All volumes at any depth below a folder, sorted by name; hidden files and label maps are left out.
 
     Args:
         root: the folder to search; links to files and folders are followed.
         base: the folder that names are relative to; default `root`.
+        spatial_dims: 2 takes pictures too.
     """
     base = base or root
     volumes, label_maps, visited = [], [], set()
@@ -83,7 +112,7 @@ def find_volumes(root: Path, base: Path | None = None) -> list[Volume]:
         visited.add(real)
         subfolders[:] = sorted(n for n in subfolders if not n.startswith(".") and n.lower() not in _LABEL_FOLDERS)
         files = [Path(folder, name) for name in sorted(names) if not name.startswith(".")]
-        for file in (file for file in files if is_volume(file.name)):
+        for file in (file for file in files if is_volume(file.name, spatial_dims)):
             name = file.relative_to(base).as_posix()
             if _LABEL_NAME.search(strip_suffix(name)):
                 label_maps.append(name)
@@ -105,11 +134,12 @@ def _dicom_volumes(folder: Path, base: Path) -> list[Volume]:
     return [Volume(str(path), f"{place}/{identifier}", place) for identifier, path in series.items()]
 
 
-def _image_folder(root: Path, folder: str) -> list[Volume]:
+def _image_folder(root: Path, folder: str, spatial_dims: int) -> list[Volume]:
     """The volumes below `root/folder`; nnU-Net's `case_0000`, `case_0001` … are channels of one case."""
     label_root = root / IMAGE_FOLDERS[folder]
-    labels = {strip_suffix(file.relative_to(label_root).as_posix()): str(file) for file in _files(label_root)}
-    volumes = find_volumes(root / folder, base=root)
+    files = _files(label_root, spatial_dims)
+    labels = {strip_suffix(file.relative_to(label_root).as_posix()): str(file) for file in files}
+    volumes = find_volumes(root / folder, root, spatial_dims)
     stems = {strip_suffix(volume.place) for volume in volumes}
     result = []
     for volume in volumes:
@@ -121,8 +151,9 @@ def _image_folder(root: Path, folder: str) -> list[Volume]:
     return result
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.rglob("*") if is_volume(file.name) and not file.name.startswith("."))
+def _files(folder: Path, spatial_dims: int) -> list[Path]:
+    files = (file for file in folder.rglob("*") if is_volume(file.name, spatial_dims))
+    return sorted(file for file in files if not file.name.startswith("."))
 
 
 def _read_json(file: Path) -> Any:
@@ -132,17 +163,13 @@ def _read_json(file: Path) -> Any:
         raise ValueError(f"{file} is not valid JSON: {error}") from error
 
 
-def _is_datalist(file: Path) -> bool:
-    """Whether the file lists volumes; nnU-Net's newer dataset.json only describes them."""
-    return file.is_file() and "training" in _read_json(file)
-
-
-def read_datalist(file: Path) -> dict[str, list[Volume]]:
+def read_datalist(file: Path, label_files: bool = True) -> dict[str, list[Volume]]:
     """The parts of a MONAI or Decathlon datalist; relative paths start at its folder.
 
     Args:
         file: JSON with a list "training" and, if it has them, "validation" and "test" (or "testing"), of image paths or
             of mappings with "image" and perhaps "label"; an image may be a list of files, one per channel.
+        label_files: a label that is a string is a path, else the name of a class.
 
     Raises:
         ValueError: the file is not such a list, an image is absent, or one image is in two parts.
@@ -153,7 +180,7 @@ def read_datalist(file: Path) -> dict[str, list[Volume]]:
     sections = {part: content.get(part) or [] for part in ("training", "validation", "test")}
     sections["test"] = sections["test"] or content.get("testing") or []
     parts = {
-        part: [_entry(entry, file, f"{part}[{index}]") for index, entry in enumerate(entries)]
+        part: [_entry(entry, file, f"{part}[{index}]", label_files) for index, entry in enumerate(entries)]
         for part, entries in sections.items()
     }
     seen: dict[str, str] = {}
@@ -166,14 +193,14 @@ def read_datalist(file: Path) -> dict[str, list[Volume]]:
     return parts
 
 
-def _entry(entry: Any, file: Path, where: str) -> Volume:
+def _entry(entry: Any, file: Path, where: str, label_files: bool) -> Volume:
     entry = entry if isinstance(entry, dict) else {"image": entry}
     paths = as_list(entry.get("image"))
     if not paths or not all(isinstance(path, str) for path in paths):
         raise ValueError(f'{file}: {where} has no path under "image"')
     resolved = [os.path.normpath(file.parent / path) for path in paths]
     label = entry.get("label")
-    if isinstance(label, str):  # else a class or a list of numbers
+    if label_files and isinstance(label, str):  # else a class or a list of numbers
         label = os.path.normpath(file.parent / label)
     inside = os.path.relpath(resolved[0], file.parent)
     name = Path(resolved[0] if inside.startswith("..") else inside).as_posix()

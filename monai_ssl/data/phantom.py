@@ -19,7 +19,7 @@ from monai_ssl.data.phantom_chest import (
     paint_vessels,
 )
 from monai_ssl.data.phantom_space import PhantomCanvas
-from monai_ssl.data.phantom_subject import PhantomSubject, draw_subject
+from monai_ssl.data.phantom_subject import PHASES, PhantomSubject, draw_subject
 from monai_ssl.data.phantom_trunk import (
     VERTEBRAE,
     paint_body,
@@ -49,6 +49,7 @@ PHANTOM_LABELS: dict[str, int] = {
     "sternum": 14,
     "pelvis": 15,
 }
+PHANTOM_PHASES = PHASES
 FIELD_OF_VIEW_MM = (384.0, 320.0, 384.0)
 
 
@@ -85,18 +86,34 @@ def torso_phantom(
         ValueError: an argument is out of range; the message names it.
     """
     size, step = phantom_grid(size, spacing)
-    for name, value in (("subject", subject), ("seed", seed)):
-        if not isinstance(value, (int, np.integer)) or value < 0:
-            raise ValueError(f"{name} must be a whole number from 0, got {value!r}.")
     affine = np.diag([*step, 1.0])
     affine[:3, 3] = -0.5 * np.multiply(step, np.subtract(size, 1))
-    drawn, textures, branches, noise = (
-        np.random.default_rng(child) for child in np.random.SeedSequence([int(seed), int(subject)]).spawn(4)
-    )
+    drawn, textures, branches, noise = _generators(subject, seed)
     person = draw_subject(drawn)
     canvas = PhantomCanvas(affine, size, person.warp, textures)
     _paint(canvas, person, branches)
     return PhantomVolume(canvas.finish(person.noise_hu, noise), canvas.label, affine, _landmarks(person))
+
+
+def phantom_phase(subject: int, seed: int = 0) -> str:
+    """The contrast phase of a subject of `torso_phantom`, one of `PHANTOM_PHASES`: a class for the whole volume.
+
+    Args:
+        subject: number of the subject, from 0.
+        seed: of the whole population.
+
+    Raises:
+        ValueError: an argument is out of range; the message names it.
+    """
+    return draw_subject(_generators(subject, seed)[0]).phase
+
+
+def _generators(subject: int, seed: int) -> list[np.random.Generator]:
+    """Of the subject, its textures, its branches and the noise."""
+    for name, value in (("subject", subject), ("seed", seed)):
+        if not isinstance(value, (int, np.integer)) or value < 0:
+            raise ValueError(f"{name} must be a whole number from 0, got {value!r}.")
+    return [np.random.default_rng(child) for child in np.random.SeedSequence([int(seed), int(subject)]).spawn(4)]
 
 
 def phantom_grid(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import os
@@ -17,7 +18,8 @@ import nibabel as nib
 import numpy as np
 from tqdm import tqdm
 
-from monai_ssl.data.phantom import PHANTOM_LABELS, phantom_grid, torso_phantom
+from monai_ssl.data.files import atomic_path
+from monai_ssl.data.phantom import PHANTOM_LABELS, phantom_grid, phantom_phase, torso_phantom
 
 # Raise it whenever the same arguments give other volumes: folders of an older generator are then refused.
 GENERATOR_VERSION = 1
@@ -91,6 +93,33 @@ def write_phantom(
                 raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+    return directory
+
+
+def write_phantom_phases(directory: str | os.PathLike[str]) -> Path:
+    """Write `labels.csv` into a folder of `write_phantom`: the contrast phase of each volume, as a class to learn.
+
+    Columns `file` and `label` (one of `PHANTOM_PHASES`). All other files, and labels that are there, stay as they are.
+
+    Args:
+        directory: the folder; it may have been written earlier.
+
+    Returns:
+        the folder.
+
+    Raises:
+        OSError: the folder is not one of `write_phantom`.
+    """
+    directory = Path(directory)
+    labels = directory / "labels.csv"
+    if labels.is_file():
+        return directory
+    manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+    names = sorted(path.name for path in (directory / "images").iterdir())
+    with atomic_path(labels) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["file", "label"])
+        writer.writerows([f"images/{name}", phantom_phase(k, manifest["seed"])] for k, name in enumerate(names))
     return directory
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,7 @@ from scipy.spatial.transform import Rotation
 from monai_ssl.data.phantom_space import PhantomWarp
 
 Vector = NDArray[np.float64]
+PHASES = ("plain", "arterial", "venous")  # of contrast: none, arterial, portal venous
 
 # Superellipsoids of the template: centre and radii in mm (RAS+, origin inside the body), rotation in degrees, power.
 ORGANS: dict[str, tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...], float]] = {
@@ -52,7 +54,7 @@ class PhantomSubject:
     """All random choices of one subject that do not depend on the voxel grid.
 
     Lengths are in mm of the template, values in HU. `half_axes` are those of the trunk's inner wall, `tissue` maps a
-    material to its HU under this subject's contrast phase.
+    material to its HU under this subject's contrast `phase`, one of `PHASES`.
     """
 
     warp: PhantomWarp
@@ -63,6 +65,7 @@ class PhantomSubject:
     rib_slope: float
     curvature: tuple[float, float]
     tissue: dict[str, float]
+    phase: str
     noise_hu: float
 
 
@@ -79,7 +82,7 @@ def draw_subject(rng: np.random.Generator) -> PhantomSubject:
         diaphragm=(float(rng.uniform(-12, 12)), float(rng.uniform(-12, 8))),
         rib_slope=float(rng.uniform(0.36, 0.52)),
         curvature=(float(rng.uniform(-5, 5)), float(rng.uniform(4, 12))),
-        tissue=_draw_tissue(rng),
+        **_draw_tissue(rng),
         noise_hu=float(rng.uniform(8, 18)),
     )
 
@@ -99,9 +102,9 @@ def _draw_organ(
     return OrganShape(np.asarray(centre) + shift, np.asarray(radii) * factor, turn.as_matrix(), power)
 
 
-def _draw_tissue(rng: np.random.Generator) -> dict[str, float]:
-    """HU per material: no contrast agent, arterial or portal venous phase, each with its own strength."""
-    phase = rng.choice(3, p=(0.2, 0.3, 0.5))
+def _draw_tissue(rng: np.random.Generator) -> dict[str, Any]:
+    """HU per material and the phase: no contrast agent, arterial or portal venous, each with its own strength."""
+    phase = rng.choice(len(PHASES), p=(0.2, 0.3, 0.5))
     strength = float(rng.uniform(0.7, 1.2))
     gain = {  # HU added by the agent without, in the arterial and in the portal venous phase
         "arterial": (0, 260, 120),
@@ -123,4 +126,4 @@ def _draw_tissue(rng: np.random.Generator) -> dict[str, float]:
     tissue["lung"] = float(rng.uniform(-865, -780))
     tissue["spongy"] = float(rng.uniform(110, 200))
     tissue["cortical"] = float(rng.uniform(480, 720))
-    return tissue
+    return {"tissue": tissue, "phase": PHASES[phase]}
