@@ -64,6 +64,7 @@ class EmbeddingMonitor:
         self.image_key = image_key
         self.flatten = flatten
         self._collapsed = False
+        self._too_few = False
 
     def attach(self, engine: Engine) -> None:
         """Attach to a ``SupervisedTrainer`` with ``decollate=False``, or to an evaluator."""
@@ -73,6 +74,11 @@ class EmbeddingMonitor:
         """Embed the current batch and write the three numbers."""
         images = engine.state.batch[self.image_key]
         images = images.as_tensor() if isinstance(images, MetaTensor) else images
+        if images.shape[: self.flatten].numel() < 2:
+            if not self._too_few:
+                logger.warning("A batch holds one image: its embedding alone says nothing about collapse.")
+            self._too_few = True
+            return
         device = device_of(engine)
         amp = bool(getattr(engine, "amp", False)) and device.type == "cuda"
         with _undisturbed(self.module, device), torch.autocast(device.type, enabled=amp):

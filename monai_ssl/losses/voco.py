@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ._precision import full_precision, no_autocast, unit_rows
 
 __all__ = ["VoCoLoss", "base_similarity_loss", "inter_volume_loss", "overlap_logits", "overlap_prediction_loss"]
 
@@ -44,8 +45,8 @@ def overlap_logits(crops: Tensor, bases: Tensor) -> Tensor:
     Returns:
         (..., R, K) in float32, or float64 for float64 embeddings. A zero row has cosine 0 with everything.
     """
-    with _no_autocast(crops):
-        return _clipped_cosine(_unit(crops), _unit(bases))
+    with no_autocast(crops):
+        return _clipped_cosine(unit_rows(crops), unit_rows(bases))
 
 
 def overlap_prediction_loss(
@@ -76,8 +77,8 @@ def overlap_prediction_loss(
         raise ValueError(f"negative must be 'log' or 'square', got '{negative}'")
     if logits.shape[-2:] != target.shape[-2:]:
         raise ValueError(f"logits {tuple(logits.shape)} and target {tuple(target.shape)} must end in the same (R, K)")
-    with _no_autocast(logits):
-        logits = _full_precision(logits)
+    with no_autocast(logits):
+        logits = full_precision(logits)
         target = target.to(logits.dtype)
         weight = target if pos_weight == "overlap" else (target > 0).to(logits.dtype)
         empty = (target == 0).to(logits.dtype)
@@ -106,8 +107,8 @@ def base_similarity_loss(bases: Tensor, symmetric: bool = False) -> Tensor:
     Raises:
         ValueError: when there are fewer than two base crops.
     """
-    with _no_autocast(bases):
-        return _base_similarity(_unit(bases), symmetric)
+    with no_autocast(bases):
+        return _base_similarity(unit_rows(bases), symmetric)
 
 
 def inter_volume_loss(
@@ -137,8 +138,8 @@ def inter_volume_loss(
     Raises:
         ValueError: when `partner` is not (B,).
     """
-    with _no_autocast(crops):
-        student, teacher = (_unit(crops), _unit(bases)), (_unit(teacher_crops), _unit(teacher_bases))
+    with no_autocast(crops):
+        student, teacher = (unit_rows(crops), unit_rows(bases)), (unit_rows(teacher_crops), unit_rows(teacher_bases))
         return _inter_volume(*student, *teacher, partner, eps)
 
 
@@ -211,7 +212,7 @@ class VoCoLoss(nn.Module):
             0-dim tensors by name.
         """
         variant = VARIANTS[self.variant]
-        with _no_autocast(input[0]):
+        with no_autocast(input[0]):
             x_s, q_s, x_t, q_t = self._split(input, target)
             logits = self._logits(x_s, q_s, x_t, q_t)
             pos, neg = overlap_prediction_loss(logits, target, variant.pos_weight, variant.negative, self.eps)
@@ -232,7 +233,7 @@ class VoCoLoss(nn.Module):
         Returns:
             (B, R, K).
         """
-        with _no_autocast(input[0]):
+        with no_autocast(input[0]):
             x_s, q_s, x_t, q_t = self._split(input, target)
             if partner is not None:
                 index = _checked_partner(partner, q_s)
@@ -256,21 +257,8 @@ class VoCoLoss(nn.Module):
                 "student {} and teacher {} must both be (B, R+K, D) for target {} = (B, R, K)".format(*shapes)
             )
         num_crops = target.shape[1]
-        student, teacher = _unit(student), _unit(teacher.detach())
+        student, teacher = unit_rows(student), unit_rows(teacher.detach())
         return student[:, :num_crops], student[:, num_crops:], teacher[:, :num_crops], teacher[:, num_crops:]
-
-
-def _no_autocast(like: Tensor) -> torch.autocast:
-    return torch.autocast(device_type=like.device.type, enabled=False)
-
-
-def _full_precision(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def _unit(x: Tensor) -> Tensor:
-    """Rows divided by their length; a zero row stays zero, with a finite gradient."""
-    return F.normalize(_full_precision(x), dim=-1, eps=1e-8)
 
 
 def _clipped_cosine(crops: Tensor, bases: Tensor) -> Tensor:

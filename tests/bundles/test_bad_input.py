@@ -92,7 +92,7 @@ def test_skip_bad_goes_on(
     spoilt = shutil.copytree(dataset, tmp_path / "spoilt")
     truncate(spoilt)
     root = copy_bundle(bundle, tmp_path)
-    options = {**quick, "dataset_dir": str(spoilt), "skip_bad": True, "max_epochs": 1, "batch_size": 1}
+    options = {**quick, "dataset_dir": str(spoilt), "skip_bad": True, "max_epochs": 1, "batch_size": 2}
     with pytest.warns(UserWarning, match=r"1 of \d+ volumes are left out"):
         run(make(root, *settings.quick_files, **options))
     assert (root / "models" / "model.pt").is_file()

@@ -103,6 +103,16 @@ def test_not_finite_is_reported_not_raised(caplog: pytest.LogCaptureFixture) -> 
     assert "collapsed" in caplog.text
 
 
+def test_one_image_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
+    """Batches of one volume train on; a word once, and no numbers."""
+    network = Encoder()
+    with caplog.at_level(logging.WARNING):
+        engine = watch(EmbeddingMonitor(network.embed, interval=1), images(1), images(1))
+    assert engine.state.metrics == {}
+    assert [record.getMessage() for record in caplog.records if "one image" in record.getMessage()] != []
+    assert len([record for record in caplog.records if "one image" in record.getMessage()]) == 1
+
+
 def test_leaves_no_trace_in_the_module() -> None:
     network = Encoder()
     network.first[1].eval()  # a layer that someone keeps in eval, as FreezeHandler does
