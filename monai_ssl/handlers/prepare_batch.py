@@ -21,8 +21,10 @@ class PrepareBatchTensor(PrepareBatch):
     checkpoint; so none passes.
 
     Args:
-        image_key: key of the network's first argument.
-        label_key: key of the loss function's target; where the batch lacks it the target is None.
+        image_key: key of the network's first argument. A mapping name -> key, or a sequence of keys, which are the
+            names then, makes it a dictionary name -> tensor, as ``MultiTaskNet`` takes it.
+        label_key: key of the loss function's target; where the batch lacks it the target is None. A mapping or sequence
+            as above makes it a dictionary, as ``MultiTaskLoss`` takes it, of which nothing may be absent.
         extra_keys: keys whose values the network's ``forward`` gets as keyword arguments of the same name.
 
     Returns of a call:
@@ -30,10 +32,13 @@ class PrepareBatchTensor(PrepareBatch):
     """
 
     def __init__(
-        self, image_key: str = "image", label_key: str = "label", extra_keys: str | Sequence[str] = ()
+        self,
+        image_key: str | Sequence[str] | Mapping[str, str] = "image",
+        label_key: str | Sequence[str] | Mapping[str, str] = "label",
+        extra_keys: str | Sequence[str] = (),
     ) -> None:
-        self.image_key = image_key
-        self.label_key = label_key
+        self.image_key = _named(image_key)
+        self.label_key = _named(label_key)
         self.extra_keys = tuple(ensure_tuple(extra_keys))
 
     def __call__(
@@ -43,7 +48,7 @@ class PrepareBatchTensor(PrepareBatch):
         non_blocking: bool = False,
         **kwargs: Any,
     ) -> tuple:
-        """Raises ``KeyError`` when the image or an extra key is absent, ``TypeError`` when a value is no tensor."""
+        """Raises ``KeyError`` when a key is absent, save a single label's, ``TypeError`` when a value is no tensor."""
 
         def plain(key: str) -> torch.Tensor:
             if key not in batchdata:
@@ -54,8 +59,16 @@ class PrepareBatchTensor(PrepareBatch):
             value = value.as_tensor() if isinstance(value, MetaTensor) else value
             return value.to(device=device, non_blocking=non_blocking, **kwargs)
 
-        image = plain(self.image_key)
-        label = plain(self.label_key) if batchdata.get(self.label_key) is not None else None
+        def several(keys: str | dict[str, str]) -> Any:
+            return plain(keys) if isinstance(keys, str) else {name: plain(key) for name, key in keys.items()}
+
+        image = several(self.image_key)
+        absent = isinstance(self.label_key, str) and batchdata.get(self.label_key) is None
+        label = None if absent else several(self.label_key)
         if not self.extra_keys:
             return image, label
         return image, label, (), {key: plain(key) for key in self.extra_keys}
+
+
+def _named(keys: str | Sequence[str] | Mapping[str, str]) -> str | dict[str, str]:
+    return keys if isinstance(keys, str) else dict(keys) if isinstance(keys, Mapping) else {key: key for key in keys}

@@ -16,7 +16,7 @@ from .encoders import (
     ViTEncoder,
 )
 from .momentum_teacher import MomentumTeacher
-from .nets import CPCNet, PatchClassifier, VoCoNet, cpc_indices
+from .nets import CPCNet, MultiTaskNet, PatchClassifier, VoCoNet, cpc_indices
 from .provenance import make_provenance, read_provenance
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "EncoderFeatures",
     "LoadReport",
     "MomentumTeacher",
+    "MultiTaskNet",
     "PatchClassifier",
     "ProjectionHead",
     "ResNetPyramid",

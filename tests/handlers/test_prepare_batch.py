@@ -50,6 +50,25 @@ def test_other_keys() -> None:
     assert label.shape == (1, 1, 5, 6)
 
 
+def test_several_images_and_labels() -> None:
+    """Named after the tasks that they are for, or after themselves."""
+    prepare = PrepareBatchTensor(image_key=["image", "image_base"], label_key={"task": "label"})
+    image, label = prepare(BATCH, "cpu", dtype=torch.float64)
+    assert list(image) == ["image", "image_base"]
+    assert list(label) == ["task"]
+    assert all(
+        type(value) is torch.Tensor and value.dtype == torch.float64 for value in (*image.values(), *label.values())
+    )
+    assert torch.equal(image["image"], BATCH["image"].as_tensor().double())
+    assert float(label["task"]) == 1.0
+    assert PrepareBatchTensor(label_key={})(BATCH)[1] == {}
+
+
+def test_of_several_labels_none_may_be_absent() -> None:
+    with pytest.raises(KeyError, match="'label_jigsaw' is not in the batch"):
+        PrepareBatchTensor(label_key={"rotation": "label", "jigsaw": "label_jigsaw"})(BATCH)
+
+
 def test_absent_keys_are_named() -> None:
     with pytest.raises(KeyError, match="'scan' is not in the batch, which has"):
         PrepareBatchTensor(image_key="scan")(BATCH)

@@ -84,12 +84,31 @@ def released_cpc_case() -> Case:
     return Case(case.args, tensors, call, permuted=lambda order: {"place": torch.argsort(order)})
 
 
+def multi_task_case() -> Case:
+    """The embedding of each item, against another view of it and against numbers."""
+    arguments = {
+        "losses": {"view": {"_target_": "NTXentLoss"}, "number": {"_target_": "torch.nn.MSELoss"}},
+        "weights": {"view": 0.5, "number": 2.0},
+    }
+    pair = pair_case(8)
+
+    def tensors(num: int, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+        first, (second,) = pair.tensors(num, dtype)
+        return first, [second, torch.arange(8.0 * num).view(num, 8) / (8 * num)]
+
+    def call(loss: nn.Module, first: Tensor, second: Tensor, numbers: Tensor) -> Tensor:
+        return loss({"view": first, "number": first}, {"view": second, "number": numbers})
+
+    return Case(arguments, tensors, call)
+
+
 CASES: dict[str, list[Case]] = {
     "CPCLoss": [
         pair_case(3, 2, 8),
         pair_case(3, 2, 8, mode="paper", temperature=2.0, normalize=False),
         released_cpc_case(),
     ],
+    "MultiTaskLoss": [multi_task_case()],
     "NTXentLoss": [pair_case(8)],
     "VoCoLoss": [voco_case(), voco_case(variant="v1"), voco_case(variant="cvpr"), voco_case(symmetric_reg=True)],
 }
@@ -100,7 +119,9 @@ each = pytest.mark.parametrize("name, case", EACH, ids=[f"{n}-{i}" for i, (n, _)
 
 
 def build(name: str, case: Case) -> nn.Module:
-    return CLASSES[name](**case.args)
+    """By its short name, from what a JSON file would hold."""
+    config = json.loads(json.dumps({"imports": ["$import monai_ssl"], "it": {"_target_": name, **case.args}}))
+    return ConfigParser(config).get_parsed_content("it")
 
 
 def value_and_gradient(
@@ -119,8 +140,7 @@ def test_every_loss_has_a_case() -> None:
 
 @each
 def test_built_by_short_name_from_json(name: str, case: Case) -> None:
-    config = json.loads(json.dumps({"imports": ["$import monai_ssl"], "it": {"_target_": name, **case.args}}))
-    assert type(ConfigParser(config).get_parsed_content("it")) is CLASSES[name]
+    assert type(build(name, case)) is CLASSES[name]
 
 
 @each

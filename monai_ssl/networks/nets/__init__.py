@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 from .cpc_net import CPCNet, cpc_indices
+from .multi_task_net import MultiTaskNet
 from .patch_classifier import PatchClassifier
 from .voco_net import VoCoNet
 
-__all__ = ["CPCNet", "PatchClassifier", "VoCoNet", "cpc_indices"]
+__all__ = ["CPCNet", "MultiTaskNet", "PatchClassifier", "VoCoNet", "cpc_indices"]
