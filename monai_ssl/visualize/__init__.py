@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from .confusion import plot_confusion
 from .curves import plot_curves
+from .multi_task import multi_task_panels
 from .overlay import plot_overlay
 from .panels import COLOURS, Box, Panel, draw_panels, figure_image
 from .patches import cpc_panels, jigsaw_panels, relative_location_panels, rotation_panels, view_panels
@@ -18,6 +19,7 @@ __all__ = [
     "draw_panels",
     "figure_image",
     "jigsaw_panels",
+    "multi_task_panels",
     "plot_confusion",
     "plot_curves",
     "plot_overlay",
