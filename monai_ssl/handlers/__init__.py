@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from .class_predictions import ClassPredictionsHandler
 from .confusion_matrix import ConfusionMatrixHandler
 from .curves import CurvesHandler
 from .embedding_monitor import EmbeddingMonitor
@@ -18,6 +19,7 @@ from .resume import ResumeHandler
 from .run_progress_bar import RunProgressBar
 
 __all__ = [
+    "ClassPredictionsHandler",
     "ConfusionMatrixHandler",
     "CurvesHandler",
     "EmbeddingMonitor",

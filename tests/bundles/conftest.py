@@ -13,7 +13,7 @@ import pytest
 from monai_ssl.data import torso_phantom
 
 from .running import BUNDLES, NAMES, copy_bundle, item, make, run, settings_of
-from .settings import NUM_VOLUMES, PATIENT, VOLUME_SIZE, BundleSettings
+from .settings import CLASSES, NUM_VOLUMES, PATIENT, VOLUME_SIZE, BundleSettings
 
 WARNINGS_OF_MONAI = (
     # torch 2.13 with numpy 2.2: a tensor is assigned to the pixdim of every NIfTI header
@@ -54,7 +54,7 @@ def settings(bundle: Path) -> BundleSettings:
 
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Small phantom volumes with labels, in files that are named after patients."""
+    """Small phantom volumes with label maps and with classes, in files that are named after patients."""
     root = tmp_path_factory.mktemp("dataset")
     for folder in ("images", "labels"):
         (root / folder).mkdir()
@@ -64,6 +64,8 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
             image = nibabel.Nifti1Image(voxels, phantom.affine)
             image.header.set_xyzt_units("mm")
             nibabel.save(image, root / folder / f"{PATIENT}{42 + index}.nii.gz")
+    rows = [f"images/{PATIENT}{42 + index}.nii.gz,{CLASSES[index % 2]}" for index in range(NUM_VOLUMES)]
+    (root / "labels.csv").write_text("\n".join(["file,label", *rows, ""]))
     return root
 
 

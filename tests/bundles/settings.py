@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 NUM_VOLUMES = 6
+# of the volumes in turn; the first five of the phantom, which is used without data, have these two as well
+CLASSES = ("plain", "venous")
 VOLUME_SIZE = (40, 32, 36)
 # a part of every file name and of nothing else, to be searched for in what a bundle writes
 PATIENT = "PATIENT_00"
@@ -26,6 +28,7 @@ class BundleSettings:
         network_input: shape of a batch that `network_def` takes.
         variants: for a variant, the files between it and train.yaml, and overrides beyond `train`.
         same_grid: inference writes each volume's own grid, else a coarser one over the same space.
+        table: inference writes no volumes but this table, with a row of probabilities for each.
     """
 
     train: dict[str, Any] = field(default_factory=dict)
@@ -37,6 +40,7 @@ class BundleSettings:
     network_input: tuple[int, ...] = (1, 1, 32, 32, 64)
     variants: dict[str, tuple[list[str], dict[str, Any]]] = field(default_factory=dict)
     same_grid: bool = False
+    table: str = ""
 
 
 CPU = {"device": "$torch.device('cpu')", "num_workers": 0}
@@ -48,6 +52,8 @@ LARGER, WHOLE = [11.0, 9.0, 5.5], [12.5, 10.5, 6.2]
 
 VOCO = {**TINY, "val_fraction": 0.33, "monitor_interval": 1, "preview_interval": 2, "hidden_dim": 16, "out_dim": 8}
 SEGMENTATION = {**TINY, "val_fraction": 0.33, "test_fraction": 0.17, "num_samples": 1, "num_overlays": 1}
+# a volume of each class for validation, none for testing, so that evaluate.yaml takes these
+CLASSIFICATION = {**TINY, "val_fraction": 0.33, "test_fraction": 0.0, "class_names": list(CLASSES)}
 
 # The patch pretexts: patches that leave two voxels on the coarsest level of SegResNet; what a wider stride needs is
 # given with the variant.
@@ -105,5 +111,13 @@ SETTINGS = {
         inference={**CPU, **SWIN, "pixdim": WHOLE, "overlap": 0.0},
         variants={"segresnet_ds.yaml": ([], {"init_filters": 8})},
         same_grid=True,
+    ),
+    "classification_finetuning": BundleSettings(
+        train={**CLASSIFICATION, "init_filters": 4, "roi_size": [32, 32, 64], "pixdim": WHOLE, "max_epochs": 1},
+        quick_files=("train.yaml", "small.yaml"),
+        quick={**CLASSIFICATION, "max_epochs": 2, "pixdim": [12.0, 12.0, 12.0], "roi_size": [32, 24, 32]},
+        inference={**CPU, "class_names": list(CLASSES), "init_filters": 4, "roi_size": [32, 32, 64], "pixdim": WHOLE},
+        variants={"swin_vit.yaml": ([], {"feature_size": 12}), "swin_unetr.yaml": ([], {"feature_size": 12})},
+        table="predictions.csv",
     ),
 }

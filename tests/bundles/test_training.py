@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import sys
@@ -189,10 +190,16 @@ def box(image: nibabel.Nifti1Image) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_inference(trained: Trained, settings: BundleSettings, scans: Path, tmp_path: Path) -> None:
-    """One file per scan, over the same space as the scan."""
+    """One file per scan, over the same space as the scan, or a table of all."""
     overrides = {**settings.inference, "dataset_dir": str(scans), "output_dir": str(tmp_path)}
     run(make(trained.root, "inference.yaml", kind="infer", **overrides))
     sources = sorted(scans.iterdir())
+    if settings.table:
+        rows = list(csv.DictReader((tmp_path / settings.table).read_text().splitlines()))
+        assert [row["name"] for row in rows] == [scan.name for scan in sources]
+        numbers = np.array([[float(row[name]) for name in overrides["class_names"]] for row in rows])
+        np.testing.assert_allclose(numbers.sum(1), 1, atol=1e-5)
+        return
     written = sorted(tmp_path.rglob("*.nii.gz"))
     assert len(written) == len(sources) == 2
     for scan, file in zip(sources, written):
