@@ -10,6 +10,7 @@ from .embedding_monitor import EmbeddingMonitor
 from .finite_loss import FiniteLossHandler
 from .freeze import FreezeHandler
 from .gradient_clip import GradientClipHandler
+from .loss_terms import LossTermsHandler
 from .momentum_update import MomentumUpdateHandler, cosine_momentum
 from .overlay import OverlayHandler
 from .prepare_batch import PrepareBatchTensor
@@ -26,6 +27,7 @@ __all__ = [
     "FiniteLossHandler",
     "FreezeHandler",
     "GradientClipHandler",
+    "LossTermsHandler",
     "MomentumUpdateHandler",
     "OverlayHandler",
     "PrepareBatchTensor",

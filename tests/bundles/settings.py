@@ -91,6 +91,17 @@ SETTINGS = {
     "exemplar_segresnet_ct": patch_pretext(
         {"swin_unetr.yaml": ([], {"feature_size": 12})}, view_size=[32, 32, 32], embed_dim=16
     ),
+    "multi_task_pretraining": patch_pretext(
+        {
+            "add_exemplar.yaml": ([], {"view_size": [32, 32, 32], "embed_dim": 16}),
+            "unet.yaml": ([], {"roi_size": [72, 72, 72]}),
+            # patches and base crops of 32
+            "swin_unetr.yaml": ([], {**PATCHES_OF_32, "roi_size": [64, 64, 64], "grid_size": [2, 2, 2]}),
+        },
+        num_permutations=8,
+        hidden_dim=16,
+        out_dim=8,
+    ),
     "voco_swinunetr_ct": BundleSettings(
         train={**VOCO, **SWIN, "max_epochs": 1, "pixdim": LARGER, "grid_size": [1, 2, 1], "num_samples": 1},
         quick_files=("train.yaml", "small.yaml"),
