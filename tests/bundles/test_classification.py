@@ -168,17 +168,24 @@ def predictions(file: Path) -> list[dict[str, str]]:
 
 
 def test_two_dimensions_from_pictures_to_predictions(root: Path, tmp_path: Path) -> None:
-    """Dark and bright squares in a folder per class: learnt, evaluated and told of new pictures."""
+    """Squares on the left and on the right in a folder per class: learnt, evaluated and told of new pictures."""
     state, data = np.random.RandomState(0), tmp_path / "data"
-    for k, name in enumerate(("dark", "bright")):
+    for k, name in enumerate(("left", "right")):
         (data / name).mkdir(parents=True)
         for n in range(12):
             picture = state.randint(0, 60, (20, 26)).astype(np.uint8)
-            picture[5:14, 8:20] += np.uint8(90 * k + 40)
+            picture[5:14, 3 + 12 * k : 11 + 12 * k] += np.uint8(100)
             Image.fromarray(picture).save(data / name / f"{name}{n}.png")
-    names = {"class_names": ["dark", "bright"], "spatial_dims": 2, "pixdim": None, "window": "resize"}
+    names = {"class_names": ["left", "right"], "spatial_dims": 2, "pixdim": None, "window": "resize"}
     names |= {"roi_size": [24, 28], "num_workers": 0, "device": "$torch.device('cpu')"}
-    options = {**CLASSIFICATION, **names, "dataset_dir": str(data), "max_epochs": 15, "batch_size": 4, "lr": 0.01}
+    options = {
+        **CLASSIFICATION,
+        **names,
+        "dataset_dir": str(data),
+        "max_epochs": 12,
+        "val_interval": 12,
+        "batch_size": 4,
+    }
     files = ("train.yaml", "small.yaml")
     run(make(root, *files, **options))
     metrics = item(run(make(root, *files, "evaluate.yaml", **options)), "validate#evaluator").state.metrics
@@ -186,11 +193,11 @@ def test_two_dimensions_from_pictures_to_predictions(root: Path, tmp_path: Path)
     rows = predictions(root / "eval" / "predictions.csv")
     assert len(rows) == 8
     assert all(row["true"] == row["predicted"] in row["name"] for row in rows)
-    new = {**names, "dataset_dir": str(data / "bright"), "output_dir": str(tmp_path / "new")}
+    new = {**names, "dataset_dir": str(data / "right"), "output_dir": str(tmp_path / "new")}
     run(make(root, "inference.yaml", "small.yaml", kind="infer", **new))
     told = predictions(tmp_path / "new" / "predictions.csv")
     assert len(told) == 12
-    assert {row["predicted"] for row in told} == {"bright"}
+    assert {row["predicted"] for row in told} == {"right"}
 
 
 def test_learns_the_phase_of_contrast(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
