@@ -25,10 +25,24 @@ WARNINGS_OF_MONAI = (
 )
 
 
+# Bundles that differ from cpc_segresnet_ct in their task alone: what starts processes, some ten seconds each, is run for
+# that one at every commit, and for these under `make test-slow`
+ALIKE = ("exemplar_segresnet_ct", "jigsaw_segresnet_ct", "rotation_segresnet_ct", "rpl_segresnet_ct")
+STARTS_PROCESSES = (
+    "test_command_line_writes_below_the_working_directory",
+    "test_encoder_loads_without_this_package",
+    "test_the_process_fails",
+    "test_two_processes",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for entry in items:
         if Path(__file__).parent in entry.path.parents:
             entry.add_marker(pytest.mark.filterwarnings(*WARNINGS_OF_MONAI))
+            name, _, case = entry.name.partition("[")
+            if name in STARTS_PROCESSES and any(bundle in case for bundle in ALIKE):
+                entry.add_marker(pytest.mark.slow)
 
 
 class Trained(NamedTuple):
