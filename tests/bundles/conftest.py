@@ -25,7 +25,7 @@ WARNINGS_OF_MONAI = (
 )
 
 
-# Bundles that differ from cpc_segresnet_ct in their task alone: what starts processes, some ten seconds each, is run for
+# Bundles that differ from cpc_segresnet_ct in their task alone: what starts processes, ten seconds and more, is run for
 # that one at every commit, and for these under `make test-slow`
 ALIKE = ("exemplar_segresnet_ct", "jigsaw_segresnet_ct", "rotation_segresnet_ct", "rpl_segresnet_ct")
 STARTS_PROCESSES = (
