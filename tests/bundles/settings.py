@@ -95,8 +95,11 @@ SETTINGS = {
         {
             "add_exemplar.yaml": ([], {"view_size": [32, 32, 32], "embed_dim": 16}),
             "unet.yaml": ([], {"roi_size": [72, 72, 72]}),
-            # patches and base crops of 32
-            "swin_unetr.yaml": ([], {**PATCHES_OF_32, "roi_size": [64, 64, 64], "grid_size": [2, 2, 2]}),
+            # patches of 32
+            "swin_unetr.yaml": (
+                [],
+                {**PATCHES_OF_32, "roi_size": [64] * 3, "grid_size": [2] * 3, "voco_grid": [2, 2, 1]},
+            ),
         },
         num_permutations=8,
         hidden_dim=16,

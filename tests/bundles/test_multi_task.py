@@ -7,13 +7,14 @@ import csv
 import json
 import math
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from .conftest import Trained, train
-from .running import BUNDLES, item, make, run, settings_of
+from .running import BUNDLES, command_line, make, run, settings_of, start
 
 NAME = "multi_task_pretraining"
 TASKS = {"rotation": 2.0, "jigsaw": 0.0, "rpl": 1.0, "cpc": 1.0, "mine": 1.0}
@@ -81,12 +82,15 @@ def test_evaluation_tells_the_level_of_chance(other_tasks: Trained, tmp_path: Pa
     assert sorted(path.stem for path in tmp_path.glob("confusion_*.csv")) == ["confusion_jigsaw", "confusion_rotation"]
 
 
-def test_command_line_forms(dataset: Path, tmp_path: Path) -> None:
-    """A task is left out or reweighted without a file, too."""
+def test_tasks_on_the_command_line(dataset: Path, tmp_path: Path) -> None:
+    """Left out or reweighted without a file."""
     settings = settings_of(BUNDLES / NAME)
-    more: dict[str, Any] = {"tasks#jigsaw": None, "tasks#voco#weight": 0.5}
-    options = {**settings.quick, **more, "dataset_dir": str(dataset), "ckpt_dir": str(tmp_path)}
-    workflow = make(BUNDLES / NAME, *settings.quick_files, **options)
-    assert list(item(workflow, "pretext").tasks) == ["rotation", "voco"]
-    assert item(workflow, "loss").weights == {"rotation": 1.0, "voco": 0.5}
-    assert workflow.check_properties() == []
+    files = str([str(BUNDLES / NAME / "configs" / file) for file in settings.quick_files])
+    options: dict[str, Any] = {**settings.quick, "dataset_dir": str(dataset), "max_epochs": 1}
+    options |= {"tasks#jigsaw": "null", "tasks#voco#weight": 0.5}
+    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", files, *command_line(options)]
+    done = start(command, tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    provenance = json.loads((tmp_path / "models" / "encoder.json").read_text())
+    assert provenance["method"] == "multi-task: rotation, voco"
+    assert provenance["settings"]["weights"] == {"rotation": 1.0, "voco": 0.5}

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rotation, jigsaw and VoCo on one encoder, as `multi_task_pretraining` puts them together: each learns on the phantom.
 
-Crops of 32^3, 24 subjects to learn from and 16 others, weights of 1. Chance: cross-entropy ln 10 for rotation (ten
-rotations) and jigsaw (ten permutations of 2 x 2 x 2 patches), skill 0 for VoCo (grid 2 x 2 x 2).
+Crops of 36^3, 24 subjects to learn from and 16 others, weights of 1. Chance: cross-entropy ln 10 for rotation (ten
+rotations) and jigsaw (ten permutations of 3 x 3 x 3 patches), skill 0 for VoCo (grid 3 x 3 x 1).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from monai_ssl.metrics import OverlapPredictionMetric, effective_rank
 from monai_ssl.networks import MultiTaskNet, PatchClassifier, UNetEncoder, VoCoNet
 from monai_ssl.transforms import RandCubeRotationd, RandJigsawd, RandVoCoCropsd
 
-FEATURES, CROP, BATCH, EPOCHS = 64, (32, 32, 32), 4, 20
+FEATURES, CROP, BATCH, EPOCHS = 64, (36, 36, 36), 4, 15
 NAMES = ("rotation", "jigsaw", "voco")
 IMAGES = ["image_rotation", "image_jigsaw", "image_voco", "image_voco_base"]
 PREPARE = PrepareBatchTensor(image_key=IMAGES, label_key={name: f"label_{name}" for name in NAMES})
@@ -37,8 +37,8 @@ def pipeline() -> Compose:
             RandSpatialCropd("image", CROP, random_size=False),
             CopyItemsd("image", times=3, names=[f"image_{name}" for name in NAMES]),
             RandCubeRotationd("image_rotation", label_key="label_rotation"),
-            RandJigsawd("image_jigsaw", grid_size=2, num_permutations=10, label_key="label_jigsaw"),
-            RandVoCoCropsd("image_voco", 16, (2, 2, 2), num_samples=4, label_key="label_voco"),
+            RandJigsawd("image_jigsaw", num_permutations=10, label_key="label_jigsaw"),
+            RandVoCoCropsd("image_voco", (12, 12, 36), (3, 3, 1), num_samples=4, label_key="label_voco"),
             EnsureTyped(["image", *IMAGES], track_meta=False),
         ]
     )
@@ -53,7 +53,7 @@ def network() -> MultiTaskNet:
 
     tasks = {
         "rotation": PatchClassifier(encoder, head(8 * FEATURES), pool=2),
-        "jigsaw": PatchClassifier(encoder, head(8 * FEATURES)),
+        "jigsaw": PatchClassifier(encoder, head(27 * FEATURES)),
         "voco": VoCoNet(encoder, FEATURES, 64, 64, stages=[-1]),
     }
     return MultiTaskNet(encoder, tasks, {"rotation": IMAGES[:1], "jigsaw": IMAGES[1:2], "voco": IMAGES[2:]})
@@ -76,7 +76,7 @@ def evaluate(net: MultiTaskNet, loss: MultiTaskLoss, volumes: list[dict[str, Any
 
 
 def test_every_task_learns() -> None:
-    volumes = [{"image": torso_phantom(k, size=(44, 36, 44)).image[None]} for k in range(40)]
+    volumes = [{"image": torso_phantom(k, size=(48, 40, 48)).image[None]} for k in range(40)]
     net = network()
     loss = MultiTaskLoss({"rotation": nn.CrossEntropyLoss(), "jigsaw": nn.CrossEntropyLoss(), "voco": VoCoLoss()})
     before = evaluate(net, loss, volumes[24:])
@@ -101,5 +101,5 @@ def test_every_task_learns() -> None:
     assert after["rotation"] < 0.5 * math.log(10)
     assert after["jigsaw"] < 0.5 * math.log(10)
     assert before["skill"] < 0
-    assert after["skill"] > 0.1
+    assert after["skill"] > 0.2
     assert after["rank"] >= 4
