@@ -68,6 +68,13 @@ def test_frozen_then_free(bundle: Path, trained: Trained, dataset: Path, tmp_pat
     assert (root / "models" / "finetune" / "model.pt").is_file()
 
 
+@pytest.mark.parametrize("word", ["null", "", None])
+def test_from_scratch_by_any_word(word: str | None, dataset: Path, tmp_path: Path) -> None:
+    """MONAI's command line hands `null` over as the word."""
+    root = copy_bundle(BUNDLES / PATCH_BUNDLES[0], tmp_path)
+    assert item(make(root, "finetune.yaml", **tiny(dataset, pretrained=word)), "load_encoder") is None
+
+
 def test_published_protocol(dataset: Path, tmp_path: Path) -> None:
     root = copy_bundle(BUNDLES / PATCH_BUNDLES[0], tmp_path)
     workflow = make(root, *FINETUNE, **tiny(dataset, pretrained=None, max_epochs=1))
