@@ -75,17 +75,24 @@ def patch_pretext(variants: dict[str, tuple[list[str], dict[str, Any]]], **more:
 
 SETTINGS = {
     "rpl_segresnet_ct": patch_pretext(
-        {"unet.yaml": ([], {"roi_size": [72, 72, 72]}), "swin_unetr.yaml": ([], PATCHES_OF_32)}
+        {
+            "unet.yaml": ([], {"roi_size": [72, 72, 72]}),
+            "swin_unetr.yaml": ([], {**PATCHES_OF_32, "grid_size": [3, 1, 1], "roi_size": [96, 32, 32]}),
+        }
     ),
     "jigsaw_segresnet_ct": patch_pretext(
-        {"unet.yaml": ([], {"roi_size": [72, 72, 72]}), "swin_unetr.yaml": ([], PATCHES_OF_32)}, num_permutations=8
+        {
+            "unet.yaml": ([], {"roi_size": [72, 72, 72]}),
+            "swin_unetr.yaml": ([], {**PATCHES_OF_32, "grid_size": [2, 1, 2], "roi_size": [64, 32, 64]}),
+        },
+        num_permutations=8,
     ),
     "rotation_segresnet_ct": patch_pretext({"swin_unetr.yaml": ([], {"roi_size": [64, 64, 64], "feature_size": 12})}),
     "cpc_segresnet_ct": patch_pretext(
         {
             "published.yaml": ([], {"roi_size": [64, 64, 64], "features": 512}),
             "unet.yaml": ([], {"roi_size": [80, 80, 80], "jitter": 0, "gap": 2}),
-            "swin_unetr.yaml": ([], {**PATCHES_OF_32, "roi_size": [128, 128, 128]}),
+            "swin_unetr.yaml": ([], {**PATCHES_OF_32, "grid_size": [4, 2, 2], "roi_size": [128, 64, 64]}),
         }
     ),
     "exemplar_segresnet_ct": patch_pretext(
