@@ -15,6 +15,10 @@ from monai.utils import convert_to_tensor
 
 __all__ = ["is_native", "transform_each", "untracked"]
 
+# threads that build no MetaTensor, beside the queue feeder of a DataLoader worker, which only pickles finished items:
+# tqdm's monitor, and TensorBoard's writer
+_BLIND = ("TMonitor", "_AsyncWriterThread")
+
 
 def is_native(transform: Callable[..., Any]) -> bool:
     """Whether `transform` is made of MONAI's own eager array transforms only.
@@ -34,11 +38,10 @@ def untracked() -> Iterator[None]:
     """Switch MONAI's meta tracking off inside the block, if no other thread can see that, and restore it afterwards.
 
     On small crops tracking takes longer than the transforms themselves. The switch is one variable of the process, so
-    it is left alone while other threads run. The queue feeder of a DataLoader worker does not count: it only pickles
-    finished items, and pickling does not read the switch.
+    it is left alone while other threads run that could read it.
     """
     me = threading.current_thread()
-    alone = all(t is me or t.name == "QueueFeederThread" for t in threading.enumerate())
+    alone = all(t is me or t.name == "QueueFeederThread" or type(t).__name__ in _BLIND for t in threading.enumerate())
     if not (alone and get_track_meta()):
         yield
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,8 @@ from monai.transforms import (
     Transpose,
 )
 from monai.utils import MAX_SEED
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
 from monai_ssl.transforms import RandVoCoCrops, RandVoCoCropsd, base_origins, overlap_fractions
 from monai_ssl.transforms._each_crop import is_native, untracked
@@ -518,10 +521,29 @@ def test_only_monai_transforms_run_untracked(transform: Any, expected: bool) -> 
     assert is_native(transform) == expected
 
 
-def test_tracking_is_off_inside_and_restored_after_an_error() -> None:
+def only_threads(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """What other tests have left running is out of sight, but for the named kinds."""
+    real, me = threading.enumerate, threading.current_thread()
+    monkeypatch.setattr(threading, "enumerate", lambda: [t for t in real() if t is me or type(t).__name__ in names])
+
+
+def test_tracking_is_off_inside_and_restored_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    only_threads(monkeypatch)
     with pytest.raises(KeyError), untracked():
         assert not get_track_meta()
         raise KeyError
+    assert get_track_meta()
+
+
+def test_a_progress_bar_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its monitor and TensorBoard's writer are threads of most training runs."""
+    only_threads(monkeypatch, "TMonitor", "_AsyncWriterThread")
+    writer = SummaryWriter(tmp_path)
+    writer.add_scalar("loss", 1.0, 1)
+    with tqdm(total=1), untracked():
+        assert {type(t).__name__ for t in threading.enumerate()} >= {"TMonitor", "_AsyncWriterThread"}
+        assert not get_track_meta()
+    writer.close()
     assert get_track_meta()
 
 
