@@ -9,10 +9,12 @@ from torch import Tensor
 
 
 def no_autocast(like: Tensor) -> torch.autocast:
+    """A context in which operations on the device of `like` keep their dtype."""
     return torch.autocast(device_type=like.device.type, enabled=False)
 
 
 def full_precision(x: Tensor) -> Tensor:
+    """float64 as it is, everything else as float32."""
     return x if x.dtype == torch.float64 else x.float()
 
 
