@@ -138,8 +138,9 @@ def noise(draw: np.random.RandomState, batch: int) -> Tensor:
 
 
 def interpolated_noise(draw: np.random.RandomState, batch: int) -> Tensor:
-    coarse = torch.from_numpy(draw.rand(batch, 1, 36, 36, 36).astype(np.float32))
-    return F.interpolate(coarse, size=(48, 48, 48), mode="trilinear", align_corners=True)
+    """As after `Spacingd`: larger than the crop, which is then cut at random, so that no place has its own blur."""
+    coarse = torch.from_numpy(draw.rand(batch, 1, 45, 45, 45).astype(np.float32))
+    return F.interpolate(coarse, size=(60, 60, 60), mode="trilinear", align_corners=True)
 
 
 @pytest.mark.parametrize("name", ["rpl", "jigsaw", "rotation", "cpc", "exemplar"])
