@@ -17,7 +17,7 @@ __all__ = ["MultiTaskLoss"]
 class MultiTaskLoss(nn.Module):
     """Sum over the tasks of weight times the task's own loss of its output and its target.
 
-    Source: several self-supervised tasks on one trunk, section 3 of arXiv 1708.07860. Every loss gets its output in
+    Source: several self-supervised tasks on one trunk, arXiv 1708.07860. Every loss gets its output in
     float32 also under autocast. A task of weight 0 is computed all the same, and its head has a gradient of zero: so
     its curve can be watched, and under several processes no parameter is left out.
 

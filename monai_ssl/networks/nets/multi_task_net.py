@@ -15,8 +15,8 @@ __all__ = ["MultiTaskNet"]
 class MultiTaskNet(nn.Module):
     """Run each task's pretext network on its own images; all of them hold the same encoder object.
 
-    Source: one trunk with a head for each self-supervised task, section 3 of arXiv 1708.07860 (2D, four tasks). Differs
-    from it: every step trains all tasks, on images made of the same crop (there a batch belongs to one task).
+    Source: one trunk with a head for each self-supervised task, arXiv 1708.07860. Here every step trains all
+    tasks, on images made of the same crop.
 
     The encoder is called once per task. The state dict holds it once, as ``encoder``, so that loading a part of it, as
     federated learning does, cannot put old weights beside new ones.
