@@ -11,7 +11,7 @@ from .cube_rotation import (
     rotation_matrix,
     rotation_table,
 )
-from .feature_affine import FeatureMapAffineD, FeatureMapAffined, FeatureMapAffineDict
+from .feature_map_affine import FeatureMapAffineD, FeatureMapAffined, FeatureMapAffineDict
 from .grid_patches import (
     GridPatches,
     GridPatchesD,
@@ -33,12 +33,29 @@ from .jigsaw import (
     greedy_permutations,
     hamming_permutations,
 )
+from .paired_views import (
+    RandPairedViews,
+    RandPairedViewsD,
+    RandPairedViewsd,
+    RandPairedViewsDict,
+    extract_view,
+    view_iou,
+    view_matrix,
+)
 from .relative_location import (
     RandRelativeLocation,
     RandRelativeLocationD,
     RandRelativeLocationd,
     RandRelativeLocationDict,
     location_offsets,
+)
+from .view_geometry import (
+    feature_affine,
+    nearest_correspondence,
+    spacing_of,
+    squared_distance,
+    transform_points,
+    voxel_index,
 )
 from .views import RandViews, RandViewsD, RandViewsd, RandViewsDict
 from .voco_crops import (
@@ -70,6 +87,10 @@ __all__ = [
     "RandJigsawD",
     "RandJigsawDict",
     "RandJigsawd",
+    "RandPairedViews",
+    "RandPairedViewsD",
+    "RandPairedViewsDict",
+    "RandPairedViewsd",
     "RandRelativeLocation",
     "RandRelativeLocationD",
     "RandRelativeLocationDict",
@@ -85,11 +106,20 @@ __all__ = [
     "affine_permutations",
     "base_origins",
     "extract_patches",
+    "extract_view",
+    "feature_affine",
     "greedy_permutations",
     "hamming_permutations",
     "location_offsets",
+    "nearest_correspondence",
     "overlap_fractions",
     "patch_grid",
     "rotation_matrix",
     "rotation_table",
+    "spacing_of",
+    "squared_distance",
+    "transform_points",
+    "view_iou",
+    "view_matrix",
+    "voxel_index",
 ]

@@ -52,6 +52,8 @@ class Case:
     tracked: tuple[str, ...] = ("",)  # suffixes of the keys that carry meta data
     plain: tuple[str, ...] = ()  # suffixes of the keys that hold plain tensors
     labels: tuple[str, ...] = ()  # keys of plain tensors that are written once for all image keys
+    returned: tuple[str, ...] = ()  # those of them that the array form returns after the images
+    dtype: torch.dtype | None = None  # of the images written, where it is not the input's
     inner: dict[str, Any] = field(default_factory=dict)  # arguments that hold another random transform
     # the views in one item, each with its affine in a world where voxels of the input hold their own coordinates
     views: Callable[[dict[str, Any]], Iterator[tuple[torch.Tensor, torch.Tensor]]] | None = None
@@ -120,6 +122,18 @@ def views_case(spatial: tuple[int, ...], roi: tuple[int, ...]) -> Case:
     )
 
 
+def paired_views_case(spatial: tuple[int, ...], roi: tuple[int, ...]) -> Case:
+    return Case(
+        args={"roi_size": list(roi), "scale_range": [[1.0, 1.6]] * len(roi)},
+        spatial=spatial,
+        tracked=("", "_2"),
+        labels=("view_affine",),
+        returned=("view_affine",),
+        dtype=torch.float32,
+        views=lambda item: ((item[key].as_tensor(), item[key].affine) for key in ("image", "image_2")),
+    )
+
+
 GRID_3D: dict[str, Any] = {"grid_size": [2, 3, 1], "jitter": 2, "gap": [1, 0.2, 1]}
 GRID_2D: dict[str, Any] = {"grid_size": [2, 3], "jitter": 2, "gap": 1}
 JITTER: dict[str, Any] = {"jitter": 2, "gap": 0}
@@ -134,6 +148,10 @@ CASES: dict[str, dict[int, Case]] = {
     "RandJigsaw": {
         3: patches_case({"grid_size": [2, 3, 1], "num_permutations": 50, **JITTER}, SIZE_3D, ("label",)),
         2: patches_case({"grid_size": [2, 3], "num_permutations": 50, **JITTER}, SIZE_2D, ("label",)),
+    },
+    "RandPairedViews": {
+        3: paired_views_case((10, 14, 9), (5, 6, 7)),
+        2: paired_views_case((13, 17), (5, 6)),
     },
     "RandRelativeLocation": {
         3: patches_case({"grid_size": [3, 1, 3], "num_queries": 5, **JITTER}, (13, 5, 10), ("label",)),
@@ -201,8 +219,9 @@ def run(transform: Any, img: Any, case: Case, **kwargs: Any) -> dict[str, torch.
         return {key: out[key] for key in written(case)}
     results = transform(img, **kwargs)
     results = results if isinstance(results, tuple) else (results,)
-    assert len(results) == len(case.tracked)
-    return {f"image{suffix}": result for suffix, result in zip(case.tracked, results)}
+    names = [*(f"image{suffix}" for suffix in case.tracked), *case.returned]
+    assert len(results) == len(names)
+    return dict(zip(names, results))
 
 
 def written(case: Case, key: str = "image") -> list[str]:
@@ -280,7 +299,7 @@ def test_types(cls: type, ndim: int, channels: int, tracking: bool) -> None:
 def test_dtype_is_kept(cls: type, ndim: int, dtype: torch.dtype) -> None:
     case = case_of(cls, ndim)
     for result in (run(build(cls, case), image(case, dtype=dtype), case),):
-        assert all(result[f"image{suffix}"].dtype == dtype for suffix in case.tracked)
+        assert all(result[f"image{suffix}"].dtype == (case.dtype or dtype) for suffix in case.tracked)
 
 
 # ---- what is left alone
@@ -442,7 +461,7 @@ def test_affine_maps_voxels_to_their_place(cls: type, ndim: int) -> None:
     for view, affine in case.views(out):
         index = torch.stack(torch.meshgrid(*(torch.arange(s) for s in view.shape[1:]), indexing="ij")).double()
         padded = torch.cat([index, torch.zeros(3 - ndim, *view.shape[1:]), torch.ones(1, *view.shape[1:])])
-        torch.testing.assert_close(view, torch.einsum("ij,j...->i...", affine, padded)[:3])
+        torch.testing.assert_close(view, torch.einsum("ij,j...->i...", affine, padded)[:3].to(view))
         count += 1
     assert count
 

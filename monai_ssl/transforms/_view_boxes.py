@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A box of a volume as a view: its pixels, its matrix, and what it shares with another box."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+import torch.nn.functional as F
+from monai.config import NdarrayOrTensor
+
+from ._patches import Sizes, per_axis
+from .voco_crops import _plain_tensor
+
+__all__ = ["extract_view", "view_iou", "view_matrix"]
+
+LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
+
+
+def view_matrix(start: Sequence[int], extent: Sequence[int], roi_size: Sizes, flip: Sequence[bool]) -> torch.Tensor:
+    """Map from the index of a voxel of a view to its index in the volume, with the centres of voxels at whole numbers.
+
+    With s = extent / roi_size, view voxel i covers [start + s i, start + s (i + 1)), whose centre has the index
+    start + s i + (s - 1) / 2; on a flipped axis i counts from the other end.
+
+    Args:
+        start: first voxel of the box in the volume, one per axis.
+        extent: voxels of the box, one per axis.
+        roi_size: voxels of the view, an int or one per axis.
+        flip: whether the view runs against the volume, one per axis.
+
+    Returns:
+        (n + 1, n + 1) float64; the affine of the view is `affine @ matrix`.
+    """
+    ndim = len(start)
+    matrix = [[0.0] * (ndim + 1) for _ in range(ndim + 1)]
+    matrix[-1][-1] = 1.0
+    axes = zip(start, extent, per_axis("roi_size", roi_size, ndim), flip, strict=True)
+    for axis, (first, length, roi, flipped) in enumerate(axes):
+        step = float(length) / roi
+        centre = float(first) + (step - 1) / 2
+        matrix[axis][axis] = -step if flipped else step
+        matrix[axis][-1] = centre + step * (roi - 1) if flipped else centre
+    return torch.tensor(matrix, dtype=torch.float64)
+
+
+def extract_view(
+    img: NdarrayOrTensor,
+    start: Sequence[int],
+    extent: Sequence[int],
+    roi_size: Sizes,
+    flip: Sequence[bool],
+    mode: str = "linear",
+) -> torch.Tensor:
+    """Cut a box out of a volume, resize it and flip it; voxel i shows the place `view_matrix(...) @ i`.
+
+    There is no anti-aliasing. Where a view is finer than the volume (extent < roi_size) its outermost voxels, up to
+    half a voxel of the volume, repeat the edge of the box.
+
+    Args:
+        img: volume, (C, *spatial).
+        start: first voxel of the box, one per axis.
+        extent: voxels of the box, one per axis.
+        roi_size: voxels of the view, an int or one per axis.
+        flip: axes along which the view runs against the volume.
+        mode: "linear", or "nearest" for masks.
+
+    Returns:
+        A plain tensor (C, *roi_size), float32, or of the volume's dtype with "nearest".
+
+    Raises:
+        ValueError: when the mode is unknown, or the box is empty or does not lie inside the volume.
+    """
+    if mode not in ("linear", "nearest"):
+        raise ValueError(f"unknown mode '{mode}', choose 'linear' or 'nearest'")
+    image = _plain_tensor(img)
+    spatial = tuple(image.shape[1:])
+    roi = per_axis("roi_size", roi_size, len(spatial))
+    box = [(int(s), int(s) + int(e)) for s, e in zip(start, extent, strict=True)]
+    if len(box) != len(spatial) or any(not 0 <= a < b <= size for (a, b), size in zip(box, spatial)):
+        raise ValueError(f"the box {box} does not lie inside the volume of spatial shape {spatial}")
+    dims = [axis + 1 for axis, flipped in enumerate(flip) if flipped]
+    window = (slice(None), *(slice(a, b) for a, b in box))
+    crop = image[window]
+    if mode == "nearest":
+        for axis, (length, size) in enumerate(zip(crop.shape[1:], roi)):
+            crop = crop.index_select(axis + 1, _nearest(length, size).to(crop.device))
+    else:
+        crop = F.interpolate(crop[None].float(), size=roi, mode=LINEAR[len(roi)], align_corners=False)[0]
+    return crop.flip(dims) if dims else crop
+
+
+def view_iou(start_1: Sequence[int], extent_1: Sequence[int], start_2: Sequence[int], extent_2: Sequence[int]) -> float:
+    """Intersection over union of two boxes; it bounds from below the share of either box that they have in common.
+
+    Args:
+        start_1: first voxel of box 1 along each axis.
+        extent_1: voxels of box 1 along each axis.
+        start_2: first voxel of box 2.
+        extent_2: voxels of box 2.
+    """
+    boxes = list(zip(*(map(float, values) for values in (start_1, extent_1, start_2, extent_2)), strict=True))
+    overlap = prod(max(0.0, min(s + e, t + f) - max(s, t)) for s, e, t, f in boxes)
+    return overlap / (prod(e for _, e, _, _ in boxes) + prod(f for *_, f in boxes) - overlap)
+
+
+def _nearest(length: int, size: int) -> torch.Tensor:
+    """Index of the voxel that "nearest-exact" takes, for every dtype and axis by axis."""
+    return F.interpolate(torch.arange(length).double()[None, None], size=size, mode="nearest-exact")[0, 0].long()
