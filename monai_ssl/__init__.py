@@ -9,6 +9,17 @@ from __future__ import annotations
 
 __version__ = "0.1.0"
 
-from . import data, handlers, inferers, losses, metrics, networks, transforms, visualize
+from . import data, handlers, inferers, losses, metrics, networks, optimizers, transforms, visualize
 
-__all__ = ["__version__", "data", "handlers", "inferers", "losses", "metrics", "networks", "transforms", "visualize"]
+__all__ = [
+    "__version__",
+    "data",
+    "handlers",
+    "inferers",
+    "losses",
+    "metrics",
+    "networks",
+    "optimizers",
+    "transforms",
+    "visualize",
+]

@@ -4,20 +4,26 @@
 from __future__ import annotations
 
 from .cpc import CPCLoss, binary, binary_scores, infonce, sum_exponent
+from .local_consistency_loss import LocalConsistencyLoss, local_consistency
 from .multi_task import MultiTaskLoss
+from .negative_cosine_loss import NegativeCosineLoss, negative_cosine
 from .nt_xent import NTXentLoss
 from .voco import VoCoLoss, base_similarity_loss, inter_volume_loss, overlap_logits, overlap_prediction_loss
 
 __all__ = [
     "CPCLoss",
+    "LocalConsistencyLoss",
     "MultiTaskLoss",
     "NTXentLoss",
+    "NegativeCosineLoss",
     "VoCoLoss",
     "base_similarity_loss",
     "binary",
     "binary_scores",
     "infonce",
     "inter_volume_loss",
+    "local_consistency",
+    "negative_cosine",
     "overlap_logits",
     "overlap_prediction_loss",
     "sum_exponent",

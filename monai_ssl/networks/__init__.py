@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from .blocks import EncoderFeatures, ProjectionHead
+from .blocks import EncoderFeatures, ProjectionHead, align_overlap, overlap_theta
 from .checkpoint import LoadReport, load_pretrained, save_pretrained
 from .encoder_adapter import encoder_channels
 from .encoders import (
@@ -16,7 +16,7 @@ from .encoders import (
     ViTEncoder,
 )
 from .momentum_teacher import MomentumTeacher
-from .nets import CPCNet, MultiTaskNet, PatchClassifier, VoCoNet, cpc_indices
+from .nets import CPCNet, MultiTaskNet, PatchClassifier, PGLNet, VoCoNet, cpc_indices
 from .provenance import make_provenance, read_provenance
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "LoadReport",
     "MomentumTeacher",
     "MultiTaskNet",
+    "PGLNet",
     "PatchClassifier",
     "ProjectionHead",
     "ResNetPyramid",
@@ -35,10 +36,12 @@ __all__ = [
     "UNetEncoder",
     "ViTEncoder",
     "VoCoNet",
+    "align_overlap",
     "cpc_indices",
     "encoder_channels",
     "load_pretrained",
     "make_provenance",
+    "overlap_theta",
     "read_provenance",
     "save_pretrained",
 ]

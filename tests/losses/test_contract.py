@@ -102,14 +102,29 @@ def multi_task_case() -> Case:
     return Case(arguments, tensors, call)
 
 
+def local_case() -> Case:
+    """Maps of which about half the voxels count, in one row none."""
+    pair = pair_case(5, 3, 4)
+
+    def tensors(num: int, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+        first, (second,) = pair.tensors(num, dtype)
+        mask = torch.rand(num, 3, 4, generator=torch.Generator().manual_seed(1)) < 0.5
+        mask[1] = False
+        return first, [second, mask]
+
+    return Case({}, tensors, lambda loss, first, second, mask: loss(first, second, mask))
+
+
 CASES: dict[str, list[Case]] = {
     "CPCLoss": [
         pair_case(3, 2, 8),
         pair_case(3, 2, 8, mode="paper", temperature=2.0, normalize=False),
         released_cpc_case(),
     ],
+    "LocalConsistencyLoss": [pair_case(5, 3, 4), local_case()],
     "MultiTaskLoss": [multi_task_case()],
     "NTXentLoss": [pair_case(8)],
+    "NegativeCosineLoss": [pair_case(8), pair_case(5, 3, 4)],
     "VoCoLoss": [voco_case(), voco_case(variant="v1"), voco_case(variant="cvpr"), voco_case(symmetric_reg=True)],
 }
 

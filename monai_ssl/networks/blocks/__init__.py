@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from .encoder_features import EncoderFeatures
+from .overlap_align import align_overlap, overlap_theta
 from .projection_head import ProjectionHead
 
-__all__ = ["EncoderFeatures", "ProjectionHead"]
+__all__ = ["EncoderFeatures", "ProjectionHead", "align_overlap", "overlap_theta"]
