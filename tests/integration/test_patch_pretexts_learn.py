@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The five patch pretexts as wholes: below chance on the phantom, at chance where there is nothing to see.
 
-Crops of 48^3 (Rotation 32^3), a small SegResNet encoder, AdamW 1e-3, mean loss of the last 20 steps; chance:
+Crops of 48^3 (Rotation 32^3, Jigsaw 40^3), a small SegResNet encoder, AdamW 1e-3, mean loss of the last 20 steps; chance:
 ln 26, ln 10 (ten permutations, ten rotations), ln(B Q K) and ln(2 N - 1).
 """
 
@@ -71,9 +71,10 @@ def build(name: str, seed: int = 0) -> Task:
         net: nn.Module = PatchClassifier(encoder, head(2 * FEATURES, 26, 256), combine="pairs")
         return Task(lambda x: (task(x), task.label), net, entropy, math.log(26), 4, 60, 48, 0.8)
     if name == "jigsaw":
+        # larger crops let few features tell ten permutations apart: effective rank 2 to 3 once they do
         task = RandJigsaw(num_permutations=10).set_random_state(seed)
         net = PatchClassifier(encoder, head(27 * FEATURES, 10, 1024))
-        return Task(lambda x: (task(x), task.label), net, entropy, math.log(10), 4, 60, 48, 0.8)
+        return Task(lambda x: (task(x), task.label), net, entropy, math.log(10), 4, 130, 40, 0.8)
     if name == "rotation":
         task = RandCubeRotation().set_random_state(seed)
         net = PatchClassifier(encoder, head(8 * FEATURES, 10, 128), pool=2)
@@ -152,8 +153,7 @@ def test_learns_anatomy(name: str, request: pytest.FixtureRequest) -> None:
     patches = images if name == "rotation" else images.flatten(0, 1)
     with torch.no_grad():
         features = task.network.eval().embed(patches[:64])
-    # ten permutations of 27 patches are told apart by few features: there the floor is that of a collapse
-    assert effective_rank(features).item() > (2 if name == "jigsaw" else 4)
+    assert effective_rank(features).item() > 4
 
 
 # constant volumes are left to the transforms' own tests: their patches are equal to the bit for every label
@@ -161,7 +161,7 @@ SOURCES = [pytest.param(source, id=source.__name__) for source in (noise, interp
 
 
 def slow(name: str, source: Any) -> Any:
-    quick = name in ("rpl", "jigsaw") and source.id == "noise"
+    quick = name == "rpl" and source.id == "noise"
     return pytest.param(name, *source.values, id=f"{name}-{source.id}", marks=() if quick else pytest.mark.slow)
 
 
