@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import nibabel
+import numpy as np
 import pytest
 import torch
 from ignite.engine import Engine, Events
@@ -94,6 +97,44 @@ def test_wrong_checkpoint(dataset: Path, tmp_path: Path) -> None:
     with pytest.raises(Exception) as caught:
         make(root, "finetune.yaml", **tiny(dataset, pretrained=str(file)))
     assert any(file.name in str(error) for error in chain(caught.value))
+
+
+class BrightnessClasses(torch.nn.Module):
+    """Class 0, 1 or 2 where the windowed image is 0, 0.5 or 1."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return -(x - torch.tensor([0.0, 0.5, 1.0]).view(1, 3, 1, 1, 1)).abs()
+
+
+def hand_made(folder: Path) -> Path:
+    """Two volumes whose brightness is the prediction: Dice 0.75 and 1, and 1 and 0, for classes 1 and 2."""
+    truth = np.zeros((16, 12, 10), np.uint8)
+    truth[2:6, 2:6, 2:6], truth[9:13, 3:7, 4:8] = 1, 2
+    moved, lost = truth.copy(), truth.copy()
+    moved[truth == 1] = 0
+    moved[3:7, 2:6, 2:6] = 1  # one voxel further: 48 of 64 remain
+    lost[truth == 2] = 0
+    for name, image in (("moved", moved), ("lost", lost)):
+        nibabel.save(nibabel.Nifti1Image(image.astype(np.float32), np.diag([-2.0, -2, 3, 1])), folder / f"{name}.nii")
+        nibabel.save(nibabel.Nifti1Image(truth, np.diag([-2.0, -2, 3, 1])), folder / f"{name}_label.nii")
+    items = {name: {"image": f"{name}.nii", "label": f"{name}_label.nii"} for name in ("moved", "lost")}
+    (folder / "again.nii").write_bytes((folder / "moved.nii").read_bytes())
+    training = [{"image": "again.nii", "label": "moved_label.nii"}]
+    (folder / "list.json").write_text(json.dumps({"training": training, "validation": list(items.values())}))
+    return folder / "list.json"
+
+
+@pytest.mark.parametrize("file", ["finetune.yaml", "segmentation_finetuning"])
+def test_dice_of_a_hand_made_case(file: str, tmp_path: Path) -> None:
+    """Per case and class, without the background: pooled over voxels it would be 0.77, with the background higher."""
+    name, config = (PATCH_BUNDLES[0], file) if file.endswith(".yaml") else (file, "train.yaml")
+    options = {**CPU, "pixdim": [2.0, 2.0, 3.0], "roi_size": [16] * 3, "a_min": 0.0, "a_max": 2.0, "num_classes": 3}
+    options |= {"test_fraction": 0.0, "num_overlays": 0, "pretrained": None, "overlap": 0.0}
+    workflow = make(copy_bundle(BUNDLES / name, tmp_path), config, dataset_dir=str(hand_made(tmp_path)), **options)
+    evaluator = item(workflow, "validate#evaluator")
+    evaluator.network = BrightnessClasses()
+    evaluator.run()
+    assert evaluator.state.metrics["mean_dice"] == pytest.approx((0.75 + 1 + 1 + 0) / 4)
 
 
 def test_label_fractions_are_nested(dataset: Path, tmp_path: Path) -> None:
