@@ -70,15 +70,20 @@ def extract_view(
         A plain tensor (C, *roi_size), float32, or of the volume's dtype with "nearest".
 
     Raises:
-        ValueError: when the mode is unknown, or the box is empty or does not lie inside the volume.
+        ValueError: when the mode is unknown, numbers of axes differ, or the box is empty or leaves the volume.
     """
     if mode not in ("linear", "nearest"):
         raise ValueError(f"unknown mode '{mode}', choose 'linear' or 'nearest'")
     image = _plain_tensor(img)
     spatial = tuple(image.shape[1:])
     roi = per_axis("roi_size", roi_size, len(spatial))
-    box = [(int(s), int(s) + int(e)) for s, e in zip(start, extent, strict=True)]
-    if len(box) != len(spatial) or any(not 0 <= a < b <= size for (a, b), size in zip(box, spatial)):
+    if len(spatial) not in LINEAR or not len(start) == len(extent) == len(flip) == len(spatial):
+        raise ValueError(
+            f"start, extent and flip have {len(start)}, {len(extent)} and {len(flip)} entries for a volume of spatial "
+            f"shape {spatial}; up to 3 axes"
+        )
+    box = [(int(s), int(s) + int(e)) for s, e in zip(start, extent)]
+    if any(not 0 <= a < b <= size for (a, b), size in zip(box, spatial)):
         raise ValueError(f"the box {box} does not lie inside the volume of spatial shape {spatial}")
     dims = [axis + 1 for axis, flipped in enumerate(flip) if flipped]
     window = (slice(None), *(slice(a, b) for a, b in box))
