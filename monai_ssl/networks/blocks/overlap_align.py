@@ -131,10 +131,10 @@ def align_overlap(features: Tensor, theta: Tensor, border: float = 0.5) -> tuple
     inside = (place >= -border - _ROUNDING) & (place <= size - 1 + border + _ROUNDING)
     exists = theta[..., :n].any(-1).any(-1)
     valid = inside.all(-1) & exists.view(-1, *[1] * n)
-    with torch.autocast(device_type=features.device.type, enabled=False):
-        full = features if features.dtype == torch.float64 else features.float()
-        aligned = F.grid_sample(full, grid.to(full.dtype), padding_mode="border", align_corners=False)
-    return aligned, valid
+    full = (
+        features if features.dtype == torch.float64 else features.float()
+    )  # a half precision grid is off by cells / 100
+    return F.grid_sample(full, grid.to(full.dtype), padding_mode="border", align_corners=False), valid
 
 
 def _vector(like: Tensor, values: Sequence[float]) -> Tensor:
