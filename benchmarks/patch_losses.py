@@ -20,13 +20,14 @@ from torch import Tensor, nn
 
 from benchmarks.timing import interleaved
 from monai_ssl.losses import CPCLoss, NTXentLoss
-from monai_ssl.networks import CPCNet, PatchClassifier
+from monai_ssl.networks import CPCNet, PatchClassifier, ProjectionHead
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 N, D, TEMPERATURE = 256, 128, 0.5
 VOLUMES = 4 if CUDA else 1
-PATCH = {"cpc": 18, "pairs": 24, "concat": 24}  # voxels per axis: the default grids in a crop of 96^3
+# patches of an item and voxels per axis: the default grids in a crop of 96^3, the crop itself, two views of 64^3
+PATCHES = {"CPC": (64, 18), "RPL": (27, 24), "Jigsaw": (27, 24), "Rotation": (1, 96), "Exemplar": (2, 64)}
 
 
 def forward_and_backward(loss: Callable[[Tensor, Tensor], Tensor], first: Tensor, second: Tensor) -> Tensor:
@@ -80,20 +81,29 @@ class Setup:
     def __init__(self, pretext: str) -> None:
         torch.manual_seed(0)
         encoder = SegResEncoder(3, init_filters=16, norm="instance", blocks_down=(1, 2, 2, 4))
-        num = 64 if pretext == "cpc" else 27
+        num, size = PATCHES[pretext]
+        volumes = max(VOLUMES, 2) if pretext == "Exemplar" else VOLUMES  # one has no negatives
         self.network: nn.Module
-        if pretext == "cpc":
+        self.loss: Callable[..., Tensor]
+        if pretext == "CPC":
             self.network, cpc = CPCNet(encoder, 128), CPCLoss()
-            self.loss: Callable[..., Tensor] = lambda pair: cpc(*pair)
+            self.loss = lambda pair: cpc(*pair)
+        elif pretext == "Exemplar":
+            self.network = PatchClassifier(encoder, ProjectionHead((128, 128, 128), norm="batch"), "each")
+            contrast = NTXentLoss()
+            self.loss = lambda z: contrast(z[:, 0], z[:, 1])
         else:
-            inputs, outputs, hidden = (256, 26, 512) if pretext == "pairs" else (27 * 128, 100, 1024)
+            shape = {"RPL": (256, 512, 26), "Jigsaw": (27 * 128, 1024, 100), "Rotation": (8 * 128, 256, 10)}
+            inputs, hidden, outputs = shape[pretext]
             head = FullyConnectedNet(inputs, outputs, [hidden], act="relu", adn_ordering="A")
-            self.network = PatchClassifier(encoder, head, pretext)
-            label = torch.arange(VOLUMES, device=DEVICE)
-            label = label if pretext == "concat" else torch.arange(26, device=DEVICE).expand(VOLUMES, -1)
+            combine, pool = "pairs" if pretext == "RPL" else "concat", 2 if pretext == "Rotation" else "avg"
+            self.network = PatchClassifier(encoder, head, combine, pool=pool)
+            label = torch.arange(26, device=DEVICE).expand(volumes, -1)
+            label = label if pretext == "RPL" else label[:, 0]
             self.loss = lambda logits: F.cross_entropy(logits, label)
         self.network.to(DEVICE)
-        self.image = torch.rand(VOLUMES, num, 1, *(PATCH[pretext],) * 3, device=DEVICE)
+        self.volumes = volumes
+        self.image = torch.rand(volumes, num, 1, size, size, size, device=DEVICE)
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=1e-3, weight_decay=1e-5)
 
     def bare(self) -> None:
@@ -119,13 +129,13 @@ class Setup:
 
 
 def time_steps(repeats: int) -> None:
-    print(f"{VOLUMES} volume(s), whole step over the bare encoder's forward and backward (at most 1.10)")
-    for name, pretext in (("CPC", "cpc"), ("RPL", "pairs"), ("Jigsaw", "concat")):
-        setup = Setup(pretext)
+    print("whole step over the bare encoder's forward and backward (at most 1.10)")
+    for name in PATCHES:
+        setup = Setup(name)
         seconds = interleaved({"bare": setup.bare, "step": setup.step}, repeats)
         ratio = seconds["step"] / seconds["bare"]
-        calls = ", ".join(f"{n / VOLUMES:.0f}" for n in setup.encoded())
-        print(f"  {name:7s} {ratio:.3f} x {seconds['bare']:.3f} s; patches encoded per volume, by call: {calls}")
+        calls = ", ".join(f"{n / setup.volumes:.0f}" for n in setup.encoded())
+        print(f"  {name:8s} {ratio:.3f} x {seconds['bare']:.3f} s, {setup.volumes} volume(s); encoded of each: {calls}")
         if CUDA:
             torch.cuda.set_sync_debug_mode("error")
             setup.step(waiting=False)

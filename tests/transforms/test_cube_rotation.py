@@ -46,6 +46,14 @@ def written(group: str, spatial_dims: int = 3) -> str:
 # ---- the table
 
 
+@pytest.mark.parametrize("group", ["axis10", "cube24", "half4", "plane4"])
+def test_constant_volume_gives_equal_inputs_for_every_label(group: str) -> None:
+    """Nothing but the content can tell the class, not the shape, the padding or the memory's order."""
+    transform, image = RandCubeRotation(group), torch.full((2, 7, 7, 7), 3.5)
+    turned = [transform.apply(image, label) for label in range(len(rotation_table(group)[0]))]
+    assert all(torch.equal(t, image) and t.stride() == image.stride() for t in turned)
+
+
 def test_tables() -> None:
     assert written("axis10") == AXIS10_TABLE
     assert written("cube24") == f"{AXIS10_TABLE} {CUBE24_REST}"
