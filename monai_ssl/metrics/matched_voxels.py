@@ -75,10 +75,13 @@ class MatchedAccuracyMetric(CumulativeIterationMetric):
 
     def __call__(self, y_pred: Tensor, y: Tensor | Sequence[Tensor], **kwargs: Any) -> Tensor:  # type: ignore[override]
         """One row ``(hits, valid voxels, 1 if any is valid)`` for each row of the batch, ``(N, 3)``."""
-        target, mask = (y, None) if isinstance(y, Tensor) else (*y, None)[:2]
-        counts = _counts(y_pred, target, mask)
+        counts = self._compute_tensor(y_pred, y)  # MONAI would take the pair for a list of cases
         self.extend(counts)
         return counts
+
+    def _compute_tensor(self, y_pred: Tensor, y: Any = None, **kwargs: Any) -> Tensor:
+        target, mask = (y, None) if isinstance(y, Tensor) else (*y, None)[:2]
+        return _counts(y_pred, target, mask)
 
     def aggregate(self) -> Tensor:
         """The statistic over all rows."""
