@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class EmbeddingMonitor:
-    """Embed the images of a batch now and then, and warn when the embeddings have collapsed.
+    """Embed the images of a batch now and then, or of a whole epoch, and warn when the embeddings have collapsed.
 
     Writes ``embedding_std``, ``effective_rank`` and ``uniformity`` (see ``monai_ssl.metrics``) to
     ``engine.state.metrics``, whence StatsHandler, TensorBoardStatsHandler and CurvesHandler take them. Runs in eval
@@ -31,9 +31,11 @@ class EmbeddingMonitor:
     Args:
         embed: maps images (N, C, *spatial) to embeddings (N, D), feature maps (N, D, *spatial), which are averaged over
             space, or a list of maps, whose last is taken. A module or a method of one, such as ``pretext.embed``.
-        interval: iterations between two looks.
+        interval: iterations between two looks, at the images of one batch; None looks at those of all batches of an
+            epoch (and process) together when it ends, for an evaluator.
         min_std: below this ``embedding_std`` the embeddings count as collapsed.
-        min_effective_rank: at or below this ``effective_rank`` they do too.
+        min_effective_rank: at or below this ``effective_rank`` they do too; of few images N, whose rank cannot exceed
+            N - 1, half of that is asked for.
         image_key: key of the images in the batch.
         flatten: leading axes of the images that count as items: 1 for (B, C, *spatial), 2 for stacked crops
             (B, R, C, *spatial).
@@ -45,7 +47,7 @@ class EmbeddingMonitor:
     def __init__(
         self,
         embed: Callable[[torch.Tensor], Any],
-        interval: int = 100,
+        interval: int | None = 100,
         min_std: float = 1e-4,
         min_effective_rank: float = 2.0,
         image_key: str = "image",
@@ -54,7 +56,7 @@ class EmbeddingMonitor:
         module = embed if isinstance(embed, nn.Module) else getattr(embed, "__self__", None)
         if not isinstance(module, nn.Module):
             raise ValueError("`embed` must be a torch.nn.Module or a method of one, so that its mode can be restored.")
-        if interval < 1 or flatten < 1:
+        if (interval is not None and interval < 1) or flatten < 1:
             raise ValueError(f"`interval` and `flatten` must be at least 1, got {interval} and {flatten}.")
         self.embed = embed
         self.module = module
@@ -65,38 +67,50 @@ class EmbeddingMonitor:
         self.flatten = flatten
         self._collapsed = False
         self._too_few = False
+        self._epoch: list[torch.Tensor] = []
 
     def attach(self, engine: Engine) -> None:
         """Attach to a ``SupervisedTrainer`` with ``decollate=False``, or to an evaluator."""
-        engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.interval), self)
+        if self.interval is not None:
+            engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.interval), self)
+            return
+        engine.add_event_handler(Events.EPOCH_STARTED, lambda: self._epoch.clear())
+        engine.add_event_handler(Events.ITERATION_COMPLETED, lambda e: self._epoch.append(self._embedded(e)))
+        engine.add_event_handler(Events.EPOCH_COMPLETED, lambda e: self._write(e, torch.cat(self._epoch)))
 
     def __call__(self, engine: Engine) -> None:
         """Embed the current batch and write the three numbers."""
+        self._write(engine, self._embedded(engine))
+
+    def _embedded(self, engine: Engine) -> torch.Tensor:
+        """Embeddings (N, D) of the current batch."""
         images = engine.state.batch[self.image_key]
         images = images.as_tensor() if isinstance(images, MetaTensor) else images
-        if images.shape[: self.flatten].numel() < 2:
-            if not self._too_few:
-                logger.warning("A batch holds one image: its embedding alone says nothing about collapse.")
-            self._too_few = True
-            return
         device = device_of(engine)
         amp = bool(getattr(engine, "amp", False)) and device.type == "cuda"
         with _undisturbed(self.module, device), torch.autocast(device.type, enabled=amp):
-            embeddings = self.embed(images.flatten(0, self.flatten - 1).to(device))
+            return _pooled(self.embed(images.flatten(0, self.flatten - 1).to(device)))
+
+    def _write(self, engine: Engine, embeddings: torch.Tensor) -> None:
+        if len(embeddings) < 2:
+            if not self._too_few:
+                logger.warning("There is one image to embed: its embedding alone says nothing about collapse.")
+            self._too_few = True
+            return
         health = embedding_health(embeddings)
         engine.state.metrics.update(health)
-        self._report(engine, health)
+        self._report(engine, health, min(self.min_effective_rank, (len(embeddings) - 1) / 2))
 
-    def _report(self, engine: Engine, health: dict[str, float]) -> None:
+    def _report(self, engine: Engine, health: dict[str, float], least: float) -> None:
         # written so that NaN counts as collapsed
-        healthy = health["embedding_std"] >= self.min_std and health["effective_rank"] > self.min_effective_rank
+        healthy = health["embedding_std"] >= self.min_std and health["effective_rank"] > least
         if not healthy and not self._collapsed:
             logger.warning(
                 "The embeddings have collapsed at iteration %d: std %.2g (least %.2g), effective rank %.2f (above "
                 "%.2f). Look at the pretext preview: constant or empty crops? Else lower the learning rate, raise the "
                 "regulariser's weight or the teacher's momentum, use less dropout, or larger batches.",
                 engine.state.iteration, health["embedding_std"], self.min_std,
-                health["effective_rank"], self.min_effective_rank,
+                health["effective_rank"], least,
             )  # fmt: skip
         elif healthy and self._collapsed:
             logger.info("The embeddings have recovered at iteration %d.", engine.state.iteration)
@@ -109,8 +123,7 @@ def embedding_health(embeddings: Any) -> dict[str, float]:
     Args:
         embeddings: (N, D), (N, D, *spatial), or a list of the latter.
     """
-    features = embeddings[-1] if isinstance(embeddings, (list, tuple)) else embeddings
-    features = features.detach().float().flatten(2).mean(2) if features.ndim > 2 else features.detach().float()
+    features = _pooled(embeddings)
     if not bool(features.isfinite().all()):
         return dict.fromkeys(("embedding_std", "effective_rank", "uniformity"), float("nan"))
     return {
@@ -118,6 +131,13 @@ def embedding_health(embeddings: Any) -> dict[str, float]:
         "effective_rank": float(effective_rank(features)),
         "uniformity": float(uniformity(features)),
     }
+
+
+def _pooled(embeddings: Any) -> torch.Tensor:
+    """(N, D) of embeddings, of maps or of the last of several maps."""
+    features = embeddings[-1] if isinstance(embeddings, (list, tuple)) else embeddings
+    features = features.detach().float()
+    return features.flatten(2).mean(2) if features.ndim > 2 else features
 
 
 @contextmanager

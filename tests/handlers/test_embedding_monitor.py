@@ -57,6 +57,27 @@ def test_numbers_are_those_of_the_metrics() -> None:
     assert all(type(found[name]) is float for name in NAMES)
 
 
+def test_all_batches_of_an_epoch_together() -> None:
+    """The last batch of an evaluation may be small, and its rank with it."""
+    network, batches = Encoder(), [images(5, seed=1), images(4, seed=2), images(1, seed=3)]
+    monitor = EmbeddingMonitor(network.embed, interval=None)
+    engine = watch(monitor, *batches)
+    engine.state.metrics.clear()
+    engine.run([{"image": batch} for batch in batches], max_epochs=2)
+    with torch.no_grad():
+        together = network.eval().embed(torch.cat(batches))
+    assert engine.state.metrics["effective_rank"] == pytest.approx(float(effective_rank(together)), abs=1e-5)
+
+
+@pytest.mark.parametrize("num, healthy", [(2, True), (4, True), (8, False)])
+def test_few_images_cannot_have_a_high_rank(num: int, healthy: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """Two directions: all that three or four images can be asked for, a collapse of eight."""
+    directions = torch.tensor([[1.0, 0, 0], [0, 1.0, 0]])[torch.arange(num) % 2] * (1 + torch.arange(num)[:, None])
+    metrics = watch(EmbeddingMonitor(nn.Flatten(), interval=1, min_effective_rank=2), directions).state.metrics
+    assert metrics["effective_rank"] < 2
+    assert ("collapsed" in caplog.text) is not healthy
+
+
 def test_module_whose_last_map_counts() -> None:
     network = Encoder()
     found = watch(EmbeddingMonitor(network, interval=1), images(9)).state.metrics

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The five patch pretexts as wholes: below chance on the phantom, at chance where there is nothing to see.
 
-Crops of 48^3 (Rotation 32^3, Jigsaw 40^3), a small SegResNet encoder, AdamW 1e-3, mean loss of the last 20 steps; chance:
-ln 26, ln 10 (ten permutations, ten rotations), ln(B Q K) and ln(2 N - 1).
+Crops of 48^3 (Rotation 32^3, Jigsaw 40^3), a small SegResNet encoder, AdamW 1e-3, mean loss of the last 20 steps;
+chance: ln 26, ln 10 (ten permutations, ten rotations), ln(B Q K) and ln(2 N - 1).
 """
 
 from __future__ import annotations
