@@ -95,10 +95,16 @@ class PairSampler:
         arguments: tuple[Any, ...] = (roi_size, pixdim, flip_prob)
         known = [len(value) for value in arguments if value is not None and np.ndim(value)]
         known += [len(self.pairs)] if len(self.pairs) > 1 else []
+        self._known: dict[int, AxisValues] = {}
         self.axes(known[0] if known else 2)  # what 2D images are refused for, 3D images are too
 
     def axes(self, ndim: int) -> AxisValues:
         """The arguments for images of `ndim` spatial axes, or a ValueError."""
+        if ndim not in self._known:
+            self._known[ndim] = self._checked(ndim)
+        return self._known[ndim]
+
+    def _checked(self, ndim: int) -> AxisValues:
         if ndim not in (2, 3):
             raise ValueError(f"images must have 2 or 3 spatial axes, got {ndim}")
         if len(self.pairs) not in (1, ndim):

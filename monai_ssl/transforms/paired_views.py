@@ -89,15 +89,19 @@ class RandPairedViews(OneDraw):
         self.sampler.check(size, spacing, "img")
         self.start, self.extent, self.flip = self.sampler.draw(self.R, size, spacing)
 
-    def spacing(self, img: NdarrayOrTensor, name: str = "img") -> list[float] | None:
-        """Voxel size of the volume in mm, where `pixdim` asks for it."""
-        return None if self.sampler.pixdim is None else spacing_of(world_affine(img, img.ndim - 1, name)).tolist()
-
     def check(self, img: NdarrayOrTensor, name: str = "img") -> None:
         """Raise a ValueError when no view can be cut out of the volume."""
+        self.spacing(img, name)
+
+    def spacing(self, img: NdarrayOrTensor, name: str = "img") -> list[float] | None:
+        """Voxel size of a volume that passes all checks, in mm, where `pixdim` asks for it."""
         if isinstance(img, MetaTensor) and img.pending_operations:
             raise ValueError(f"'{name}' has lazy operations pending; put the transform into the same Compose")
-        self.sampler.check(tuple(img.shape[1:]), self.spacing(img, name), name)
+        spacing = None
+        if self.sampler.pixdim is not None:
+            spacing = spacing_of(world_affine(img, img.ndim - 1, name)).tolist()
+        self.sampler.check(tuple(img.shape[1:]), spacing, name)
+        return spacing
 
     def apply(
         self,
@@ -130,9 +134,9 @@ class RandPairedViews(OneDraw):
         Returns:
             View 1 and view 2 (C, *roi_size), and `view_affine` (2, n + 1, n + 1).
         """
-        self.check(img)
+        spacing = self.spacing(img)
         if randomize:
-            self.randomize(tuple(img.shape[1:]), self.spacing(img))
+            self.randomize(tuple(img.shape[1:]), spacing)
         return self.apply(img, *self.last_draw())
 
 
@@ -207,11 +211,10 @@ class RandPairedViewsd(OneDrawd):
             return d
         keys = list(modes)
         size = shared_size(d, keys)
-        for key in keys:
-            self.transform.check(d[key], str(key))
+        spacings = [self.transform.spacing(d[key], str(key)) for key in keys]
         check_affines(d, keys, size)
         if randomize:
-            self.randomize(size, self.transform.spacing(d[keys[0]]))
+            self.randomize(size, spacings[0])
         drawn = self.transform.last_draw()
         for key, mode in modes.items():
             d[key], d[f"{key}_2"], d["view_affine"] = self.transform.apply(d[key], *drawn, mode)
