@@ -7,6 +7,7 @@ from .confusion import plot_confusion
 from .curves import plot_curves
 from .multi_task import multi_task_panels
 from .overlay import plot_overlay
+from .paired_views import paired_view_panels
 from .panels import COLOURS, Box, Panel, draw_panels, figure_image
 from .patches import cpc_panels, jigsaw_panels, relative_location_panels, rotation_panels, view_panels
 from .voco import voco_panels
@@ -20,6 +21,7 @@ __all__ = [
     "figure_image",
     "jigsaw_panels",
     "multi_task_panels",
+    "paired_view_panels",
     "plot_confusion",
     "plot_curves",
     "plot_overlay",
