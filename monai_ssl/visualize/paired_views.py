@@ -59,7 +59,8 @@ def paired_view_panels(
         for v, view in enumerate(views):
             shown, box = _slice(view, *ends[v], axis)
             boxes = [] if box is None else [box._replace(colour=colour)]
-            panels.append(Panel(shown, f"{name}, view {v + 1}: {captions[v]}", boxes, colour=colour, limits=limits))
+            # no coloured edge: it would hide a frame that runs along it
+            panels.append(Panel(shown, f"{name}, view {v + 1}: {captions[v]}", boxes, limits=limits))
     return panels
 
 
@@ -98,5 +99,5 @@ def _slice(view: torch.Tensor, low: torch.Tensor, high: torch.Tensor, axis: int)
         kept, middle = [a for a in range(3) if a != axis], view.shape[axis + 1] // 2
         dashed = not float(low[axis]) <= middle + 0.5 <= float(high[axis])
         view = view.select(axis + 1, middle)
-    box = Box(low[kept].tolist(), (high - low)[kept].tolist(), dashed=dashed)
+    box = Box(low[kept].tolist(), (high - low)[kept].tolist(), label="shared", dashed=dashed)
     return view, box if bool((high > low).all()) else None

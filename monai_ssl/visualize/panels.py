@@ -62,11 +62,13 @@ def draw_panels(panels: Sequence[Panel], columns: int = 5, cell: float = 1.9) ->
     if not panels:
         raise ValueError("There are no panels to draw.")
     places, rows, width = _places(panels, columns)
-    figure = Figure(figsize=(width * cell + 0.2, rows * (cell + 0.45)), dpi=110, layout="constrained")
+    lines = max(len(_wrapped(panel, span, cell)) for panel, (_, _, span) in zip(panels, places))
+    height = rows * (cell + 0.15 + 0.13 * max(2, lines))  # inches; captions that do not fit would be cut off
+    figure = Figure(figsize=(width * cell + 0.2, height), dpi=110, layout="constrained")
     grid = figure.add_gridspec(rows, width)
     for panel, (row, column, span) in zip(panels, places):
         axes = figure.add_subplot(grid[row : row + span, column : column + span])
-        _draw(axes, panel, letters=round(span * cell * 16))
+        _draw(axes, panel, caption="\n".join(_wrapped(panel, span, cell)))
     return figure
 
 
@@ -95,7 +97,11 @@ def _places(panels: Sequence[Panel], columns: int) -> tuple[list[tuple[int, int,
     return places, top, width
 
 
-def _draw(axes: Axes, panel: Panel, letters: int) -> None:
+def _wrapped(panel: Panel, span: int, cell: float) -> list[str]:
+    return textwrap.wrap(panel.caption, round(span * cell * 16))
+
+
+def _draw(axes: Axes, panel: Panel, caption: str) -> None:
     image = torch.as_tensor(panel.image).detach().float().cpu()
     if image.ndim not in (3, 4):
         raise ValueError(f"A panel's image must be (C, X, Y) or (C, X, Y, Z), got shape {tuple(image.shape)}.")
@@ -115,4 +121,5 @@ def _draw(axes: Axes, panel: Panel, letters: int) -> None:
     axes.set_yticks([])
     for spine in axes.spines.values():
         spine.set(edgecolor=panel.colour or "black", linewidth=3 if panel.colour else 0.5)
-    axes.set_title(textwrap.fill(panel.caption, letters), fontsize=7.5, loc="left", pad=4)
+    axes.set_anchor("S")  # what is left of the height is the caption's
+    axes.set_title(caption, fontsize=7.5, loc="left", pad=4)

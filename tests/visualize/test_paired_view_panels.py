@@ -31,7 +31,8 @@ def test_hand_worked_boxes() -> None:
     assert (list(first.boxes[0].start), list(first.boxes[0].size)) == ([4, 1], [4, 2])
     np.testing.assert_allclose(second.boxes[0].start, [16 / 3, 0], atol=1e-9)
     np.testing.assert_allclose(second.boxes[0].size, [8 / 3, 4], atol=1e-9)
-    assert first.boxes[0].colour == second.boxes[0].colour == first.colour == second.colour == COLOURS[0]
+    assert first.boxes[0].colour == second.boxes[0].colour == COLOURS[0]
+    assert first.colour is second.colour is None
     assert first.caption == "a.nii.gz, view 1: 25% shared (IoU 0.17), 1.00×2.00 voxels"
     assert second.caption == "a.nii.gz, view 2: 33% shared (IoU 0.17), 1.50×1.00 voxels, flipped: 0"
     assert torch.equal(first.image, batch["image"][0])
@@ -95,7 +96,8 @@ def test_batch_of_two_in_mm() -> None:
     transform = RandPairedViewsd("image", (8, 10, 12), pixdim=2.2, placement="seed").set_random_state(seed=0)
     items = [transform({"image": MetaTensor(torch.rand(1, 30, 30, 30), affine=SPL)}) for _ in range(2)]
     panels = paired_view_panels(list_data_collate(items), unit="mm", axis=0)
-    assert [panel.colour for panel in panels] == [COLOURS[0], COLOURS[0], COLOURS[1], COLOURS[1]]
+    colours = [panel.boxes[0].colour for panel in panels]
+    assert colours == [COLOURS[0], COLOURS[0], COLOURS[1], COLOURS[1]]
     assert [tuple(panel.image.shape) for panel in panels] == [(1, 10, 12)] * 4
     draw_panels(panels)
 

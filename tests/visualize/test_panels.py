@@ -79,3 +79,18 @@ def test_no_global_state() -> None:
     # pyplot would choose a display's window system and keep every figure alive
     figure_image(draw_panels([Panel(coordinates(5, 6))]))
     assert pyplot.get_fignums() == []
+
+
+@pytest.mark.parametrize("lines", [1, 3, 6])
+@pytest.mark.parametrize("lead", [False, True])
+def test_captions_are_not_cut_off(lines: int, lead: bool) -> None:
+    """Every caption lies inside the figure and covers no picture."""
+    image, caption = coordinates(8, 8), "nearly thirty letters a line " * lines
+    shown = [Panel(image, caption, lead=lead and number % 5 == 0) for number in range(10)]
+    figure = draw_panels(shown)
+    figure_image(figure)
+    for axes in figure.axes:
+        box = axes._left_title.get_window_extent()
+        assert box.y1 <= figure.bbox.y1
+        for other in (axes.get_window_extent() for axes in figure.axes):
+            assert box.y0 >= other.y1 or box.y1 <= other.y0 or box.x0 >= other.x1 or box.x1 <= other.x0
