@@ -212,20 +212,23 @@ def test_unequal_flips_of_the_views(kind: str) -> None:
 @pytest.mark.parametrize("kind", AFFINES)
 @pytest.mark.parametrize("ndim", [2, 3])
 def test_in_a_pipeline(kind: str, ndim: int, lazy: bool) -> None:
+    """Between other spatial transforms, for every combination of flips."""
     affine = affine_of(kind, ndim)
-    pixdim = [float(s) for s in affine[:-1, :-1].norm(dim=0)][::-1] if ndim == 2 else 1.2
-    steps = [Flipd("image", 0), Rotate90d("image", 1, (0, 1)), RandPairedViewsd("image", ROIS[ndim], pixdim=pixdim,
-             scale_range=(1.0, 1.2), min_overlap=0.3)]  # fmt: skip
-    pipeline = Compose([*steps, Flipd("image_2", 1)], lazy=lazy).set_random_state(seed=2)
-    size = {3: (60, 63, 66), 2: (47, 46)}[ndim]
-    out = pipeline({"image": placed_volume(size, affine)})
-    for key in ("image", "image_2"):
-        view = out[key]
-        assert not view.pending_operations
-        matrix = view.affine if len(view.affine) == ndim + 1 else view.affine[[0, 1, -1]][:, [0, 1, -1]]
-        inside = (slice(None), *(slice(3, -3),) * ndim)
-        assert (view.as_tensor() - places(view.shape[1:], matrix))[inside].abs().max() < 1e-3
-    torch.testing.assert_close(out["view_affine"][0], out["image"].affine, atol=1e-9, rtol=0)
+    volume = placed_volume({3: (30, 33, 36), 2: (47, 46)}[ndim], affine)
+    spacing = 1.1 * float(affine[:-1, :-1].norm(dim=0).min())
+    for number, flip in enumerate(product([0.0, 1.0], repeat=ndim)):
+        views = RandPairedViewsd("image", (7, 8, 9)[:ndim], (1.0, 1.2), spacing, min_overlap=0.3, flip_prob=flip)
+        before = [Flipd("image", 0), Rotate90d("image", 1, (0, 1))]
+        pipeline = Compose([*before, views, Flipd("image_2", 1)], lazy=lazy).set_random_state(seed=number)
+        out = pipeline({"image": volume})
+        for key in ("image", "image_2"):
+            assert not out[key].pending_operations
+            matrix = out[key].affine if len(out[key].affine) == ndim + 1 else out[key].affine[[0, 1, -1]][:, [0, 1, -1]]
+            inside = (slice(None), *(slice(3, -3),) * ndim)  # views finer than the volume repeat its edge
+            error = (out[key].as_tensor() - places(out[key].shape[1:], matrix))[inside].abs()
+            assert error.numel()
+            assert error.max() < 1e-3
+        torch.testing.assert_close(out["view_affine"][0], out["image"].affine, atol=1e-9, rtol=0)
 
 
 def test_pending_operations_are_refused_outside_a_compose() -> None:
