@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from .agreement import agreement_panels
 from .confusion import plot_confusion
 from .curves import plot_curves
 from .multi_task import multi_task_panels
@@ -16,6 +17,7 @@ __all__ = [
     "COLOURS",
     "Box",
     "Panel",
+    "agreement_panels",
     "cpc_panels",
     "draw_panels",
     "figure_image",

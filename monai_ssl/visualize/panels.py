@@ -43,6 +43,7 @@ class Panel(NamedTuple):
     colour: str | None = None  # of the frame
     limits: tuple[float, float] | None = None  # values shown black and white; None: percentiles 0.5 and 99.5
     lead: bool = False  # begins a new group and is drawn twice as large
+    heat: torch.Tensor | np.ndarray | None = None  # (X, Y), laid over the image from 0, dark, to 1, light; NaN: nothing
 
 
 def draw_panels(panels: Sequence[Panel], columns: int = 5, cell: float = 1.9) -> Figure:
@@ -108,6 +109,9 @@ def _draw(axes: Axes, panel: Panel, caption: str) -> None:
     plane = image[0] if image.ndim == 3 else image[0, ..., image.shape[-1] // 2]
     low, high = np.percentile(plane.numpy(), (0.5, 99.5)) if panel.limits is None else panel.limits
     axes.imshow(plane.T.numpy(), cmap="gray", origin="lower", vmin=low, vmax=max(high, low + 1e-6))
+    if panel.heat is not None:
+        heat = torch.as_tensor(panel.heat).detach().float().cpu().T.numpy()
+        axes.imshow(heat, cmap="viridis", origin="lower", vmin=0, vmax=1, alpha=0.6, interpolation="nearest")
     for box in panel.boxes:
         x, y = box.start[0] - 0.5, box.start[1] - 0.5  # imshow puts the centre of pixel k at k
         line = (0, (4, 3)) if box.dashed else "solid"
