@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from .cpc import CPCLoss, binary, binary_scores, infonce, sum_exponent
+from .gather import gather_with_grad
 from .local_consistency_loss import LocalConsistencyLoss, local_consistency
 from .multi_task import MultiTaskLoss
 from .negative_cosine_loss import NegativeCosineLoss, negative_cosine
@@ -20,6 +21,7 @@ __all__ = [
     "base_similarity_loss",
     "binary",
     "binary_scores",
+    "gather_with_grad",
     "infonce",
     "inter_volume_loss",
     "local_consistency",

@@ -18,6 +18,6 @@ def full_precision(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def unit_rows(x: Tensor) -> Tensor:
-    """Rows divided by their length; a zero row stays zero."""
-    return F.normalize(full_precision(x), dim=-1, eps=1e-8)
+def unit_rows(x: Tensor, eps: float = 1e-8) -> Tensor:
+    """Rows divided by their length, or by eps where that is larger, so that a zero row stays zero."""
+    return F.normalize(full_precision(x), dim=-1, eps=eps)

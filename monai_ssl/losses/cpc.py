@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._gather import gather_rows
 from ._precision import full_precision, no_autocast, unit_rows
+from .gather import gather_rows
 
 __all__ = ["CPCLoss", "binary", "binary_scores", "infonce", "sum_exponent"]
 

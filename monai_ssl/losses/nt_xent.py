@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._gather import gather_rows
 from ._precision import no_autocast, unit_rows
+from .gather import gather_rows
 
 __all__ = ["NTXentLoss"]
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,28 +11,56 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+__all__ = ["gather_ids", "gather_rows", "gather_with_grad"]
 
-def gather_rows(x: Tensor) -> tuple[Tensor, int]:
-    """Rows of every process in the order of ranks, and the place of the own first row; one process keeps its own.
+
+def gather_with_grad(x: Tensor) -> Tensor:
+    """Rows of every process in the order of ranks; one process keeps its own.
 
     The backward pass sums over processes: a row gets the gradient of the *sum* of their losses, and the average that
-    DistributedDataParallel takes of weight gradients turns this into the gradient of the mean. So a loss that is a mean
-    over own rows trains as on the joined batch. Every process must call forward and backward.
+    DistributedDataParallel takes of weight gradients turns this into the gradient of the mean. So a loss trains as on
+    the joined batch if it is a mean over own rows (arXiv 2012.02383), and equally if every process computes that of all
+    rows (arXiv 2006.10511). Every process must call forward and backward.
 
     Args:
         x: (M, ...), the same shape on every process.
 
     Returns:
-        (M * processes, ...) and an int.
+        (M * processes, ...).
 
     Raises:
         ValueError: on the CPU, when processes have different numbers of rows; on other devices the same is a
             device-side assertion, since reading the numbers back would wait for the device.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return x, 0
+    if _alone():
+        return x
     _check_equal_rows(x)
-    return _GatherRows.apply(x), dist.get_rank() * len(x)
+    return _GatherRows.apply(x)
+
+
+def gather_rows(x: Tensor) -> tuple[Tensor, int]:
+    """:func:`gather_with_grad`, and the place of the own first row."""
+    return gather_with_grad(x), 0 if _alone() else dist.get_rank() * len(x)
+
+
+def gather_ids(ids: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Integers of every process in the order of ranks, by one exchange for all of them; None stays None.
+
+    Args:
+        ids: each (M,) of integers, M as on every other process, or None, and that on every process.
+
+    Returns:
+        each (M * processes,) int64; one process keeps its own.
+    """
+    given = [x for x in ids if x is not None]
+    if _alone() or not given:
+        return list(ids)
+    columns = iter(_all_gather(torch.stack([x.long() for x in given], 1)).unbind(1))
+    return [None if x is None else next(columns) for x in ids]
+
+
+def _alone() -> bool:
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1
 
 
 def _all_gather(x: Tensor) -> Tensor:
