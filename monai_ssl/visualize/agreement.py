@@ -25,13 +25,13 @@ def agreement_panels(
     """For each pair both views with the cosine of prediction and target over the box that they share.
 
     Colours go from dark, a cosine of 0 or less, to light, 1; cells that do not count have none. Volumes are shown by
-    the slice across the last axis in the middle of the shared box. Captions: the mean cosine, and the share of cells
-    that are most like their own counterpart, which must lie far above its chance level; a high cosine alone may come
-    from features that are the same everywhere.
+    the slice across the last axis through the middle cells of the shared box. Captions: the mean cosine, and the share
+    of cells that are most like their own counterpart, which must lie far above its chance level; a high cosine alone
+    may come from features that are the same everywhere.
 
     Args:
-        batch: as collated after ``RandPairedViewsd``: views (B, C, *roi), ``view_affine`` (B, 2, n + 1, n + 1); ``name``
-            if there are names.
+        batch: as collated after ``RandPairedViewsd``: views (B, C, *roi), ``view_affine`` (B, 2, n + 1, n + 1);
+            ``name`` if there are names.
         network: ``PGLNet`` in local mode; runs on its device in evaluation mode, and its modes stay as they were.
         image_key: key of view 1.
         image_2_key: key of view 2; None: ``<image_key>_2``.
@@ -78,10 +78,9 @@ def _plane(view: Tensor, values: Tensor, start: Tensor, end: Tensor) -> tuple[Te
     """The picture (C, X, Y) of a view (C, *roi), the values (*F) of the box over its pixels, and the box."""
     low, high = torch.minimum(start, end), torch.maximum(start, end)
     if view.ndim == 4:
-        middle = int((low[2] + high[2]) / 2) if bool(high[2] > low[2]) else view.shape[3] // 2
-        view = view[..., middle]
-        depth = _cells(torch.tensor([middle]), start[2], end[2], values.shape[2]).clamp_min(0)
-        values = values[..., int(depth)]
+        depth = values.shape[2] // 2
+        middle = start[2] + (depth + 0.5) / values.shape[2] * (end[2] - start[2])
+        view, values = view[..., int(middle.clamp(0, view.shape[3] - 1))], values[..., depth]
     rows, columns = (_cells(torch.arange(view.shape[a + 1]), start[a], end[a], values.shape[a]) for a in range(2))
     heat = values[rows.clamp_min(0)][:, columns.clamp_min(0)]
     outside = (rows < 0)[:, None] | (columns < 0)

@@ -73,7 +73,7 @@ class Result(NamedTuple):
 
 
 def train(net: PGLNet, source: Source, steps: int, momentum: float = 0.99, final: float | None = 1.0) -> Result:
-    """Means of the last 20 steps. A monitor watches the projector's output and warns when it has collapsed."""
+    """Means of the last 20 steps. A monitor watches the projector's output in local mode, else the encoder's."""
     transform = RandPairedViews(ROI).set_random_state(0)
     draw = np.random.RandomState(0)
     loss = LocalConsistencyLoss() if net.mode == "local" else NegativeCosineLoss()
@@ -93,8 +93,8 @@ def train(net: PGLNet, source: Source, steps: int, momentum: float = 0.99, final
         rows.append([value.detach(), *measured])
 
     engine = Engine(step)
-    projected = nn.Sequential(EncoderFeatures(net.encoder), net.projector)
-    for handler in (MomentumUpdateHandler(net, momentum, final), EmbeddingMonitor(projected, interval=15)):
+    watched = nn.Sequential(EncoderFeatures(net.encoder), net.projector) if net.mode == "local" else net.embed
+    for handler in (MomentumUpdateHandler(net, momentum, final), EmbeddingMonitor(watched, interval=15)):
         handler.attach(engine)
     engine.run(range(steps), max_epochs=1)
     with torch.no_grad():
