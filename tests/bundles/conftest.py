@@ -27,7 +27,7 @@ WARNINGS_OF_MONAI = (
 
 # Bundles that differ from cpc_segresnet_ct in their task alone: what starts processes, ten seconds and more, is run for
 # that one at every commit, and for these under `make test-slow`
-ALIKE = ("exemplar_segresnet_ct", "jigsaw_segresnet_ct", "rotation_segresnet_ct", "rpl_segresnet_ct")
+ALIKE = tuple(f"{name}_segresnet_ct" for name in ("exemplar", "jigsaw", "pgl", "rotation", "rpl"))
 STARTS_PROCESSES = (
     "test_command_line_writes_below_the_working_directory",
     "test_encoder_loads_without_this_package",
@@ -37,7 +37,13 @@ STARTS_PROCESSES = (
 # many patches of 32 voxels, which Swin's windows of 7 tokens fill badly; three other bundles do it at every commit
 SLOW_VARIANTS = tuple(
     f"{name}-swin_unetr.yaml"
-    for name in ("cpc_segresnet_ct", "jigsaw_segresnet_ct", "multi_task_pretraining", "rotation_segresnet_ct")
+    for name in (
+        "cpc_segresnet_ct",
+        "jigsaw_segresnet_ct",
+        "multi_task_pretraining",
+        "pgl_segresnet_ct",
+        "rotation_segresnet_ct",
+    )
 )
 
 

@@ -63,7 +63,7 @@ PATCHES_OF_32 = {"roi_size": [96, 96, 96], "pixdim": [4.0, 4.0, 4.0], "jitter": 
 
 def patch_pretext(variants: dict[str, tuple[list[str], dict[str, Any]]], **more: Any) -> BundleSettings:
     return BundleSettings(
-        train={**PATCHES, "init_filters": 8, "roi_size": [48, 48, 48], "max_epochs": 1, **more},
+        train={**PATCHES, "init_filters": 8, "roi_size": [48, 48, 48], "max_epochs": 1} | more,
         quick_files=("train.yaml", "small.yaml"),
         quick={**PATCHES, "max_epochs": 2},
         inference={**CPU, "init_filters": 8, "roi_size": [32, 32, 32], "pixdim": WHOLE, "overlap": 0.0},
@@ -97,6 +97,20 @@ SETTINGS = {
     ),
     "exemplar_segresnet_ct": patch_pretext(
         {"swin_unetr.yaml": ([], {"feature_size": 12})}, view_size=[32, 32, 32], embed_dim=16
+    ),
+    "pgl_segresnet_ct": patch_pretext(
+        {
+            "small.yaml": ([], {"hidden_channels": 16}),
+            "byol.yaml": ([], {}),
+            "lars.yaml": ([], {}),
+            "published.yaml": ([], {"roi_size": [8, 32, 32], "scale_range": [1.0, 1.0]}),
+            # two features per axis: without much overlap none is shared
+            "unet.yaml": ([], {"roi_size": [32, 32, 32], "min_overlap": 0.45}),
+            "swin_unetr.yaml": ([], {"feature_size": 12, "roi_size": [32, 32, 64], "min_overlap": 0.45}),
+        },
+        roi_size=[24, 24, 32],
+        hidden_channels=16,
+        out_channels=8,
     ),
     "multi_task_pretraining": patch_pretext(
         {

@@ -88,7 +88,7 @@ def test_variants_train(bundle: Path, file: str, overrides: dict[str, Any], tmp_
     trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: engine.terminate())
     run(workflow)
     assert len(losses) == 1
-    assert 0 < losses[0] < 100
+    assert 0 < abs(losses[0]) < 100  # a cosine may be negative
 
 
 def test_variants_change_what_exists(bundle: Path) -> None:
