@@ -16,15 +16,29 @@ from .encoders import (
     ViTEncoder,
 )
 from .momentum_teacher import MomentumTeacher
-from .nets import CPCNet, MultiTaskNet, PatchClassifier, PGLNet, VoCoNet, cpc_indices
+from .nets import (
+    AnatomicalEmbeddingNet,
+    AnisotropicResNet,
+    CPCNet,
+    MergedEmbeddingNet,
+    MultiTaskNet,
+    PatchClassifier,
+    PGLNet,
+    VoCoNet,
+    cpc_indices,
+)
 from .provenance import make_provenance, read_provenance
+from .released_weights import inflate_resnet18, load_mmdet_checkpoint
 
 __all__ = [
+    "AnatomicalEmbeddingNet",
+    "AnisotropicResNet",
     "BasicUNetEncoder",
     "CPCNet",
     "DynUNetEncoder",
     "EncoderFeatures",
     "LoadReport",
+    "MergedEmbeddingNet",
     "MomentumTeacher",
     "MultiTaskNet",
     "PGLNet",
@@ -39,6 +53,8 @@ __all__ = [
     "align_overlap",
     "cpc_indices",
     "encoder_channels",
+    "inflate_resnet18",
+    "load_mmdet_checkpoint",
     "load_pretrained",
     "make_provenance",
     "overlap_theta",

@@ -3,10 +3,22 @@
 
 from __future__ import annotations
 
+from .anatomical_embedding_net import AnatomicalEmbeddingNet, MergedEmbeddingNet
+from .anisotropic_resnet import AnisotropicResNet
 from .cpc_net import CPCNet, cpc_indices
 from .multi_task_net import MultiTaskNet
 from .patch_classifier import PatchClassifier
 from .pgl_net import PGLNet
 from .voco_net import VoCoNet
 
-__all__ = ["CPCNet", "MultiTaskNet", "PGLNet", "PatchClassifier", "VoCoNet", "cpc_indices"]
+__all__ = [
+    "AnatomicalEmbeddingNet",
+    "AnisotropicResNet",
+    "CPCNet",
+    "MergedEmbeddingNet",
+    "MultiTaskNet",
+    "PGLNet",
+    "PatchClassifier",
+    "VoCoNet",
+    "cpc_indices",
+]
