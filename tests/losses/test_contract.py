@@ -115,6 +115,20 @@ def local_case() -> Case:
     return Case({}, tensors, lambda loss, first, second, mask: loss(first, second, mask))
 
 
+def slices_case(*shape: int, **args: Any) -> Case:
+    """Embeddings, region vectors or maps of slices: pairs of views, or for "GD" and "LD" all partitions of a volume."""
+
+    def tensors(num: int, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+        x = torch.randn(num, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+        item = torch.arange(num)
+        volume, second = item // 2, item % 2
+        if args["mode"] in ("GD", "LD"):  # positives are slices of other volumes: on another process
+            return x, [item, second, volume, torch.zeros_like(item)]
+        return x, [volume, volume % 2, volume, second]
+
+    return Case(args, tensors, lambda loss, x, *ids: loss(x, *ids))
+
+
 CASES: dict[str, list[Case]] = {
     "CPCLoss": [
         pair_case(3, 2, 8),
@@ -125,6 +139,18 @@ CASES: dict[str, list[Case]] = {
     "MultiTaskLoss": [multi_task_case()],
     "NTXentLoss": [pair_case(8)],
     "NegativeCosineLoss": [pair_case(8), pair_case(5, 3, 4)],
+    "PartitionContrastiveLoss": [
+        slices_case(8, mode="GR"),
+        slices_case(8, mode="GD", temperature=0.5),
+        slices_case(8, mode="GD-"),
+    ],
+    "RegionContrastiveLoss": [
+        slices_case(13, 8, mode="LR"),
+        slices_case(13, 8, mode="LR", matched_negatives=True),
+        slices_case(35, 8, mode="LD", matched_negatives=True),
+        slices_case(17, 8, mode="LD", regions="published"),
+        slices_case(2, 10, 11, mode="LD", region_size=2),
+    ],
     "VoCoLoss": [voco_case(), voco_case(variant="v1"), voco_case(variant="cvpr"), voco_case(symmetric_reg=True)],
 }
 
