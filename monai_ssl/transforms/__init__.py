@@ -42,6 +42,13 @@ from .paired_views import (
     view_iou,
     view_matrix,
 )
+from .partition_slices import (
+    RandPartitionSlices,
+    RandPartitionSlicesD,
+    RandPartitionSlicesd,
+    RandPartitionSlicesDict,
+    partition_bounds,
+)
 from .relative_location import (
     RandRelativeLocation,
     RandRelativeLocationD,
@@ -91,6 +98,10 @@ __all__ = [
     "RandPairedViewsD",
     "RandPairedViewsDict",
     "RandPairedViewsd",
+    "RandPartitionSlices",
+    "RandPartitionSlicesD",
+    "RandPartitionSlicesDict",
+    "RandPartitionSlicesd",
     "RandRelativeLocation",
     "RandRelativeLocationD",
     "RandRelativeLocationDict",
@@ -113,6 +124,7 @@ __all__ = [
     "location_offsets",
     "nearest_correspondence",
     "overlap_fractions",
+    "partition_bounds",
     "patch_grid",
     "rotation_matrix",
     "rotation_table",
