@@ -98,4 +98,4 @@ def _caption(values: Tensor, prediction: Tensor, target: Tensor, mask: Tensor) -
     if not bool(mask.any()):
         return "nothing shared"
     found, chance = float(matched_accuracy(prediction, target, mask)), float(matched_chance(mask))
-    return f"mean cosine {float(values.nanmean()):.2f}, {100 * found:.0f}% find their own (chance {100 * chance:.0f}%)"
+    return f"mean cosine {float(values.nanmean()):.2f}, {100 * found:.0f}% find their own (chance {100 * chance:.2g}%)"
