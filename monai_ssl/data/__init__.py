@@ -6,10 +6,11 @@ from __future__ import annotations
 from .caching import DiskCacheDataset, cached_dataset
 from .checks import BadVolumesError, check_volumes
 from .class_labels import build_class_datalist, class_weights
-from .datalist import build_datalist
+from .datalist import build_datalist, number_volumes
 from .keyed import KeyedDataset, KeyedSampler
 from .phantom import PHANTOM_LABELS, PHANTOM_PHASES, PhantomVolume, phantom_phase, torso_phantom
 from .phantom_files import phantom_dir, write_phantom, write_phantom_phases
+from .prepare_batch import PrepareSliceBatch
 from .split import select_labelled
 
 __all__ = [
@@ -20,11 +21,13 @@ __all__ = [
     "KeyedDataset",
     "KeyedSampler",
     "PhantomVolume",
+    "PrepareSliceBatch",
     "build_class_datalist",
     "build_datalist",
     "cached_dataset",
     "check_volumes",
     "class_weights",
+    "number_volumes",
     "phantom_dir",
     "phantom_phase",
     "select_labelled",

@@ -13,7 +13,7 @@ from monai_ssl.data.files import strip_suffix
 from monai_ssl.data.layout import IMAGE_FOLDERS, Volume, as_list, name_some, read_dataset, require_files
 from monai_ssl.data.split import split_lists
 
-__all__ = ["build_datalist"]
+__all__ = ["build_datalist", "number_volumes"]
 
 _BIDS_SUBJECT = re.compile(r"(?:^|[/_])(sub-[A-Za-z0-9]+)")
 logger = logging.getLogger(__name__)
@@ -59,6 +59,31 @@ def build_datalist(
     if with_labels:
         _require_labels(lists, Path(dataset_dir))
     return split_lists(lists, val_fraction, test_fraction, seed)
+
+
+def number_volumes(
+    lists: Mapping[str, Sequence[Mapping[str, Any]]], image_key: str = "image"
+) -> dict[str, list[dict[str, Any]]]:
+    """A datalist whose items carry "volume", the number of their scan: equal where the image is, else different.
+
+    Contrastive methods must not take two crops or slices of one scan for two patients. The numbers depend on the
+    datalist alone, so they are the same in all processes; parts have no number in common unless they share a scan.
+
+    Args:
+        lists: parts of a dataset, as :func:`build_datalist` returns them.
+        image_key: key of the path, or list of paths, of the scan.
+
+    Returns:
+        new items in the same order.
+
+    Raises:
+        KeyError: an item has no image.
+    """
+    numbers: dict[str, int] = {}
+    return {
+        part: [{**item, "volume": numbers.setdefault(str(item[image_key]), len(numbers))} for item in items]
+        for part, items in lists.items()
+    }
 
 
 def as_items(

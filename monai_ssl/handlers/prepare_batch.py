@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from monai.data import MetaTensor
 from monai.engines import PrepareBatch
 from monai.utils import ensure_tuple
+
+from monai_ssl.data.prepare_batch import plain_tensor
 
 __all__ = ["PrepareBatchTensor"]
 
@@ -50,14 +51,7 @@ class PrepareBatchTensor(PrepareBatch):
     ) -> tuple:
         """Raises ``KeyError`` when a key is absent, save a single label's, ``TypeError`` when a value is no tensor."""
 
-        def plain(key: str) -> torch.Tensor:
-            if key not in batchdata:
-                raise KeyError(f"'{key}' is not in the batch, which has {sorted(batchdata)}.")
-            value = batchdata[key]
-            if not isinstance(value, torch.Tensor):
-                raise TypeError(f"batch['{key}'] must be a tensor, got {type(value).__name__}.")
-            value = value.as_tensor() if isinstance(value, MetaTensor) else value
-            return value.to(device=device, non_blocking=non_blocking, **kwargs)
+        plain = lambda key: plain_tensor(batchdata, key, device, non_blocking, **kwargs)
 
         def several(keys: str | dict[str, str]) -> Any:
             return plain(keys) if isinstance(keys, str) else {name: plain(key) for name, key in keys.items()}

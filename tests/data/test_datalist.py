@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from monai.transforms import LoadImage
 
-from monai_ssl.data import build_datalist, select_labelled
+from monai_ssl.data import build_datalist, number_volumes, select_labelled
 from monai_ssl.data.dicom import is_dicom_file, itk_loading
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -331,3 +331,26 @@ def test_select_labelled_draws_are_nested() -> None:
 def test_select_labelled_refuses(number: Any) -> None:
     with pytest.raises(ValueError, match="num_labelled"):
         select_labelled(ITEMS, number, seed=0)
+
+
+def test_volumes_are_numbered(tmp_path: Path) -> None:
+    """One number per scan over all parts, the same on every call; entries of one scan share it."""
+    lists = build_datalist(touch(tmp_path, *(f"sub-{i}/ct.nii.gz" for i in range(9))), 0.3, 0.3)
+    lists["training"].append(lists["training"][0])
+    numbered = number_volumes(lists)
+    assert numbered == number_volumes(lists)
+    items = [item for part in PARTS for item in numbered[part]]
+    assert sorted({item["volume"] for item in items}) == list(range(9))
+    assert {item["volume"]: item["name"] for item in items}.keys() == set(range(9))
+    assert numbered["training"][0]["volume"] == numbered["training"][-1]["volume"]
+    assert [[{**item, "volume": None} for item in numbered[part]] for part in PARTS] == [
+        [{**item, "volume": None} for item in lists[part]] for part in PARTS
+    ]
+    assert "volume" not in lists["training"][0]
+
+
+def test_channels_in_several_files_are_one_volume() -> None:
+    lists = {"training": [{"image": ["a/t1.nii", "a/t2.nii"]}, {"image": ["b/t1.nii", "b/t2.nii"]}]}
+    assert [item["volume"] for item in number_volumes(lists)["training"]] == [0, 1]
+    with pytest.raises(KeyError, match="scan"):
+        number_volumes(lists, image_key="scan")
