@@ -76,10 +76,19 @@ def test_by_hand(first: Any, second: Any, flipped: bool, cell: Any, rf: Any, anc
         torch.testing.assert_close(theta[0, view], expected, atol=1e-12, rtol=0)
 
 
+def turns() -> list[Tensor]:
+    """Matrices of images: with them, boxes that touch overlap by about 1e-14 voxels now and then."""
+    angles = torch.linspace(0.05, 1.5, 20, dtype=torch.float64)
+    rows = [
+        [[0.7 * math.cos(a), -0.9 * math.sin(a), 81.3], [0.7 * math.sin(a), 0.9 * math.cos(a), -57.1]] for a in angles
+    ]
+    return [torch.tensor([*two, [0, 0, 1]], dtype=torch.float64) for two in rows]
+
+
 def test_boxes_that_touch_share_nothing() -> None:
     for start in ([[0, 0], [8, 0]], [[0, 0], [11, 3]]):
         affine = pair_affine(start, [[8, 8], [8, 8]], [[False] * 2] * 2, (8, 8))
-        for matrix in (affine, torch.tensor([[0.3, -0.1, 5.7], [0.1, 0.3, -81.3], [0, 0, 1]]).double() @ affine):
+        for matrix in (affine, *(parent @ affine for parent in turns())):
             theta = overlap_theta(matrix, (8, 8), (4, 4))
             assert not theta[..., :2].any()
             for border in (0.0, 0.5, math.inf):
