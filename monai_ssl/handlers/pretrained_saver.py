@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ class PretrainedSaver:
     """Write the trained weights as plain state dicts when the run is completed, never after an exception.
 
     - ``model.pt``: of ``network_def``, what a MONAI bundle loads strictly.
-    - ``encoder.pt`` and ``encoder.json``: of ``encoder`` with its provenance, by ``save_pretrained``.
+    - ``encoder.pt`` and ``encoder.json``, or the names of ``file``: of ``encoder`` with its provenance, by
+      ``save_pretrained``.
     - ``pretext.pt``: of the whole pretext network, for ``evaluate.yaml``.
 
     All tensors are on the CPU, each file is written whole or not at all, and weights that are not finite never.
@@ -38,6 +40,8 @@ class PretrainedSaver:
         provenance: what ``encoder.pt`` shall tell of its origin, see ``make_provenance``; the epochs and iterations
             that were trained are added.
         interval: epochs after which the files are also written; 0: only at the end.
+        file: name of the file of ``encoder``.
+        include: prefixes of the tensors of ``encoder`` to save, where only a part of it is trained; None: all.
 
     Raises:
         ValueError: at construction, when ``provenance`` is not plain JSON or names files.
@@ -52,6 +56,8 @@ class PretrainedSaver:
         pretext: nn.Module | None = None,
         provenance: dict[str, Any] | None = None,
         interval: int = 0,
+        file: str = "encoder.pt",
+        include: Sequence[str] | None = None,
     ) -> None:
         complete_provenance(provenance or {})  # raises now rather than after a week
         self.provenance = dict(provenance or {})
@@ -59,6 +65,8 @@ class PretrainedSaver:
         self.encoder = encoder
         self.plain = {"model": network_def, **({} if pretext is None else {"pretext": pretext})}
         self.interval = interval
+        self.file = file
+        self.include = include
 
     def attach(self, engine: Engine) -> None:
         """Attach to the trainer, in every process: the first one writes."""
@@ -82,4 +90,4 @@ class PretrainedSaver:
             write_atomic(self.directory / f"{name}.pt", partial(torch.save, state))
         if self.encoder is not None:
             trained = {"epochs": engine.state.epoch, "iterations": engine.state.iteration}
-            save_pretrained(self.encoder, self.directory / "encoder.pt", {**self.provenance, **trained})
+            save_pretrained(self.encoder, self.directory / self.file, {**self.provenance, **trained}, self.include)

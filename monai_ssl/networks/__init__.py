@@ -19,6 +19,7 @@ from .momentum_teacher import MomentumTeacher
 from .nets import (
     AnatomicalEmbeddingNet,
     AnisotropicResNet,
+    ContrastiveUNet,
     CPCNet,
     MergedEmbeddingNet,
     MultiTaskNet,
@@ -29,12 +30,14 @@ from .nets import (
 )
 from .provenance import make_provenance, read_provenance
 from .released_weights import inflate_resnet18, load_mmdet_checkpoint
+from .unet_stages import UNetFeatures, UNetStages, trained_prefixes, unet_features, unet_stages
 
 __all__ = [
     "AnatomicalEmbeddingNet",
     "AnisotropicResNet",
     "BasicUNetEncoder",
     "CPCNet",
+    "ContrastiveUNet",
     "DynUNetEncoder",
     "EncoderFeatures",
     "LoadReport",
@@ -48,6 +51,8 @@ __all__ = [
     "SegResNetEncoder",
     "SwinUNETREncoder",
     "UNetEncoder",
+    "UNetFeatures",
+    "UNetStages",
     "ViTEncoder",
     "VoCoNet",
     "align_overlap",
@@ -60,4 +65,7 @@ __all__ = [
     "overlap_theta",
     "read_provenance",
     "save_pretrained",
+    "trained_prefixes",
+    "unet_features",
+    "unet_stages",
 ]

@@ -71,7 +71,7 @@ def load_pretrained(
     """
     if in_channels not in ("strict", "inflate"):
         raise ValueError(f"in_channels must be 'strict' or 'inflate', got {in_channels!r}")
-    prefixes = [p.rstrip(".") for p in ([exclude] if isinstance(exclude, str) else exclude)]
+    prefixes = _prefixes(exclude)
     own = network.state_dict(keep_vars=True)
     if any(getattr(t, "is_meta", False) for t in own.values()):
         raise ValueError(f"{type(network).__name__} is on the meta device, where loading has no effect")
@@ -103,7 +103,9 @@ def load_pretrained(
     return report
 
 
-def save_pretrained(network: nn.Module, file: str | Path, provenance: Mapping[str, Any]) -> Path:
+def save_pretrained(
+    network: nn.Module, file: str | Path, provenance: Mapping[str, Any], include: Sequence[str] | None = None
+) -> Path:
     """Write the plain state dict of a network, with its provenance inside and beside it as ``.json``.
 
     ``torch.load(file, weights_only=True)`` gives what ``load_state_dict`` takes, without this package; the provenance
@@ -113,13 +115,25 @@ def save_pretrained(network: nn.Module, file: str | Path, provenance: Mapping[st
         network: what to save; under DDP the module, not its wrapper, and by one process.
         file: e.g. ``encoder.pt``; then the other is ``encoder.json``.
         provenance: plain JSON without names of files, see :func:`make_provenance`.
+        include: prefixes, up to a dot or the end of a name, of the tensors to save, where only a part of the network
+            is trained; they are added to the provenance as "prefixes". ``load_pretrained`` then needs the others as
+            ``exclude``. None saves all.
 
     Raises:
-        ValueError: the provenance is not plain JSON or names files, or the state dict holds more than tensors.
+        ValueError: the provenance is not plain JSON or names files, the state dict holds more than tensors, or a prefix
+            of ``include`` matches nothing.
     """
     file = Path(file)
     provenance = complete_provenance(provenance)
     state = network.state_dict()
+    if include is not None:
+        prefixes = _prefixes(include)
+        unused = [p for p in prefixes if not any(under(name, [p]) for name in state)]
+        if unused or not prefixes:
+            raise ValueError(f"include={unused} matches nothing in {type(network).__name__}")
+        for name in [name for name in state if not under(name, prefixes)]:
+            del state[name]
+        provenance["prefixes"] = [include] if isinstance(include, str) else list(include)
     others = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]
     if others:
         raise ValueError(f"the state dict of {type(network).__name__} holds more than tensors: {others[:3]}")
@@ -132,6 +146,10 @@ def save_pretrained(network: nn.Module, file: str | Path, provenance: Mapping[st
     text = json.dumps(provenance, indent=4) + "\n"
     write_atomic(file.with_suffix(".json"), lambda temporary: temporary.write_text(text))
     return file
+
+
+def _prefixes(names: Sequence[str]) -> list[str]:
+    return [name.rstrip(".") for name in ([names] if isinstance(names, str) else names)]
 
 
 def _remedy(report: LoadReport, own: list[str], keys: list[str], other_channels: bool) -> str:

@@ -54,6 +54,16 @@ def test_provenance_tells_how_long_it_was_trained(tmp_path: Path) -> None:
     assert read_provenance(tmp_path / "encoder.pt") == provenance
 
 
+def test_a_part_under_another_name(tmp_path: Path) -> None:
+    trainer = toy_trainer(handlers=(save(tmp_path, file="unet_encoder.pt", include=["1."]),))
+    trainer.run()
+    assert files(tmp_path) == ["model.pt", "pretext.pt", "unet_encoder.json", "unet_encoder.pt"]
+    saved = torch.load(tmp_path / "unet_encoder.pt", weights_only=True)
+    trained = trainer.network.student.state_dict()
+    assert list(saved) == [name for name in trained if name.startswith("1.")] != list(trained)
+    assert read_provenance(tmp_path / "unet_encoder.pt")["prefixes"] == ["1."]
+
+
 def test_an_exception_writes_nothing(tmp_path: Path) -> None:
     (tmp_path / "model.pt").write_bytes(b"good")
     trainer = toy_trainer(handlers=(save(tmp_path),))

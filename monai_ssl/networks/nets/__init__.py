@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from .anatomical_embedding_net import AnatomicalEmbeddingNet, MergedEmbeddingNet
 from .anisotropic_resnet import AnisotropicResNet
+from .contrastive_unet import ContrastiveUNet
 from .cpc_net import CPCNet, cpc_indices
 from .multi_task_net import MultiTaskNet
 from .patch_classifier import PatchClassifier
@@ -15,6 +16,7 @@ __all__ = [
     "AnatomicalEmbeddingNet",
     "AnisotropicResNet",
     "CPCNet",
+    "ContrastiveUNet",
     "MergedEmbeddingNet",
     "MultiTaskNet",
     "PGLNet",
