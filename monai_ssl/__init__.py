@@ -9,10 +9,11 @@ from __future__ import annotations
 
 __version__ = "0.1.0"
 
-from . import data, handlers, inferers, losses, metrics, networks, optimizers, transforms, visualize
+from . import apps, data, handlers, inferers, losses, metrics, networks, optimizers, transforms, visualize
 
 __all__ = [
     "__version__",
+    "apps",
     "data",
     "handlers",
     "inferers",
