@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from .class_scores import ClassScoreMetric, balanced_accuracy, roc_auc_per_class
 from .embedding_health import effective_rank, embedding_std, uniformity
-from .matched_voxels import MatchedAccuracyMetric, matched_accuracy, matched_chance
+from .matched_accuracy import MatchedAccuracyMetric, matched_accuracy, matched_chance
 from .matching_error import (
     MatchingErrorMetric,
     center_point_matching,

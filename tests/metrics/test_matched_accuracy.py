@@ -140,3 +140,12 @@ def test_errors() -> None:
     for mask in (torch.ones(2, 4), torch.ones(2, 5, dtype=torch.bool)):
         with pytest.raises(ValueError, match=r"must be \(N, \*F\) bool"):
             matched_accuracy(x, x, mask)
+
+
+def test_module_and_function_of_the_same_name() -> None:
+    import importlib
+
+    import monai_ssl.metrics
+
+    module = importlib.import_module("monai_ssl.metrics.matched_accuracy")
+    assert module.matched_accuracy is monai_ssl.metrics.matched_accuracy is matched_accuracy

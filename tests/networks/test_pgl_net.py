@@ -286,7 +286,20 @@ def test_forward_does_not_move_the_teacher(training: bool) -> None:
     assert training or same(buffers, dict(net.named_buffers()))
 
 
-def test_update_follows_parameters_and_copies_buffers() -> None:
+@pytest.mark.parametrize("mode", ["local", "global"])
+def test_targets_in_evaluation_are_those_of_training(mode: str) -> None:
+    """The teacher's running statistics belong to its own weights, however far the student has moved on."""
+    net, inputs = small(mode), views(batch=16)
+    move_student(net)
+    with torch.no_grad():
+        for _ in range(300):  # the start is forgotten
+            trained = net.train()(*inputs)[1]
+            net.update_teacher(1.0)
+        target = net.eval()(*inputs)[1]
+    torch.testing.assert_close(target, trained, atol=0.05, rtol=0)
+
+
+def test_update_follows_parameters_and_statistics() -> None:
     net = small()
     move_student(net)
     before = state(net)
@@ -296,7 +309,8 @@ def test_update_follows_parameters_and_copies_buffers() -> None:
             expected = 0.75 * before[f"teacher_{part}.module.{name}"] + 0.25 * t
             torch.testing.assert_close(getattr(net, f"teacher_{part}").module.get_parameter(name), expected)
         for name, t in getattr(net, part).named_buffers():
-            assert torch.equal(getattr(net, f"teacher_{part}").module.get_buffer(name), t)
+            own, old = getattr(net, f"teacher_{part}").module.get_buffer(name), before[f"teacher_{part}.module.{name}"]
+            torch.testing.assert_close(own, 0.75 * old + 0.25 * t if t.is_floating_point() else t)
     net.update_teacher(0.0)
     for part in ("encoder", "projector"):
         own, student = getattr(net, f"teacher_{part}").module.state_dict(), getattr(net, part).state_dict()
