@@ -10,6 +10,7 @@ from .multi_task import multi_task_panels
 from .overlay import plot_overlay
 from .paired_views import paired_view_panels
 from .panels import COLOURS, Box, Panel, draw_panels, figure_image
+from .partitions import partition_panels, region_panels
 from .patches import cpc_panels, jigsaw_panels, relative_location_panels, rotation_panels, view_panels
 from .voco import voco_panels
 
@@ -24,9 +25,11 @@ __all__ = [
     "jigsaw_panels",
     "multi_task_panels",
     "paired_view_panels",
+    "partition_panels",
     "plot_confusion",
     "plot_curves",
     "plot_overlay",
+    "region_panels",
     "relative_location_panels",
     "rotation_panels",
     "view_panels",
