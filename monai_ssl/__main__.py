@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from monai_ssl import __version__
 from monai_ssl.bundle_export import export_bundle
+from monai_ssl.matching_commands import add_matching_commands, joined_points
 
 DESCRIPTION = """Self-supervised pretraining of 3D medical image networks, native to MONAI.
 
@@ -41,6 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("src", metavar="SRC", help="folder of the bundle")
     export.add_argument("out", metavar="OUT", help="folder to write, absent or empty")
     export.set_defaults(run=_export)
+    add_matching_commands(commands)
     return parser
 
 
@@ -53,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, or 1 after an error, which is printed in one line.
     """
-    args = build_parser().parse_args(arguments)
+    args = build_parser().parse_args(joined_points(sys.argv[1:] if arguments is None else arguments))
     try:
         return int(args.run(args))
     except (ValueError, OSError) as error:

@@ -7,6 +7,7 @@ from .image_embedding import ImageEmbedding
 from .lesion_pairs import read_pairs
 from .lesion_tracking import track_lesions, tracking_summary
 from .markups import read_markups, write_markups
+from .model_file import load_matcher
 from .point_matcher import PointMatcher, PointMatches
 from .point_matching import (
     map_norms,
@@ -27,6 +28,7 @@ __all__ = [
     "embedding_transform",
     "foreground_mask",
     "grid_points",
+    "load_matcher",
     "map_norms",
     "match_points",
     "read_markups",

@@ -13,7 +13,7 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from monai_ssl.transforms.view_geometry import spacing_of, transform_points
+from monai_ssl.transforms.view_geometry import spacing_of, transform_points, voxel_index
 
 from .point_matching import map_norms
 
@@ -90,6 +90,13 @@ class ImageEmbedding:
         if self.source_size is None:
             return inside
         return inside & _within(self.source_affine, self.source_size, points, 1e-6)
+
+    def extent(self, space: str = "RAS") -> tuple[Tensor, Tensor]:
+        """Lowest and highest coordinates (n,) of the image in a space, at the outer borders of its voxels."""
+        affine, size = (self.affine, self.size) if self.source_size is None else (self.source_affine, self.source_size)
+        corners = voxel_index([2] * len(size)) * torch.tensor(size, dtype=torch.float64) - 0.5
+        points = from_ras(transform_points(affine.double(), corners), space, self.source_affine)
+        return points.amin(0), points.amax(0)
 
     def in_body(self, points: Tensor) -> Tensor:
         """(P,) bool: world points (P, n) in a cell of the body; all True where the body is not known."""

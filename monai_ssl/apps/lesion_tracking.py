@@ -116,23 +116,26 @@ def _track(
 ) -> list[dict[str, Any]]:
     if len(source.size) != 3:
         raise ValueError(f"lesions are tracked in volumes, got an image of {source.size} pixels")
-    known = to_ras(torch.tensor(pair["points"]), pair["space"], source.source_affine)
-    found = matcher.match(source, target, known, "RAS", cycle, min_score, max_cycle_mm)
-    error = [None] * len(known) if found.cycle_error_mm is None else found.cycle_error_mm.tolist()
+    matches = matcher.match(source, target, pair["points"], pair["space"], cycle, min_score, max_cycle_mm)
+    points = torch.tensor(pair["points"], dtype=torch.float64)
+    known = to_ras(points, pair["space"], source.source_affine)
+    found = to_ras(matches.points, pair["space"], target.source_affine)
+    error = [None] * len(known) if matches.cycle_error_mm is None else matches.cycle_error_mm.tolist()
     rows = []
     for i, label in enumerate(pair["labels"]):
         row = {"pair": pair["id"], "lesion": label}
         row |= {end: image_name(pair[end]) for end in ("source", "target")}
-        row |= _coordinates("source", known[i]) | _coordinates("target", found.points[i])
-        row |= {"score": float(found.score[i]), "cycle_error_mm": error[i], "accepted": bool(found.accepted[i])}
-        rows.append(row | _truth(pair, i, found.points[i], target))
+        row |= _coordinates("source", known[i]) | _coordinates("target", found[i])
+        row |= {"score": float(matches.score[i]), "cycle_error_mm": error[i], "accepted": bool(matches.accepted[i])}
+        rows.append(row | _truth(pair, i, found[i], target))
     return rows
 
 
 def _truth(pair: Mapping[str, Any], i: int, found: Tensor, target: ImageEmbedding) -> dict[str, Any]:
     if pair["truth"] is None or pair["truth"][i] is None:
         return {}
-    true = to_ras(torch.tensor([pair["truth"][i]]), pair["space"], target.source_affine)[0]
+    true = torch.tensor([pair["truth"][i]], dtype=torch.float64)
+    true = to_ras(true, pair["space"], target.source_affine)[0]
     radius = None if pair["radius_mm"] is None else pair["radius_mm"][i]
     return _coordinates("truth", true) | {"radius_mm": radius, "distance_mm": float(matching_distance(found, true))}
 

@@ -41,7 +41,7 @@ def write_markups(
     Raises:
         ValueError: points that are not (P, 3) and finite, or lists of another length.
     """
-    rows = torch.as_tensor(points).double()
+    rows = torch.as_tensor(points, dtype=torch.float64)
     descriptions = [""] * len(rows) if descriptions is None else descriptions
     selected = [True] * len(rows) if selected is None else selected
     if rows.ndim != 2 or rows.shape[1] != 3 or not all(map(math.isfinite, rows.flatten().tolist())):

@@ -22,9 +22,9 @@ _LONGEST = 1024  # voxels along the first axis of the image that shows how far a
 def network_maps(
     network: nn.Module, image: Tensor, slab_size: int | None = None
 ) -> tuple[list[Tensor], tuple[int, ...]]:
-    """The maps of one image in eval mode, zero-padded at the ends to the network's total stride.
+    """The maps of one image in eval mode, its last voxels repeated at the ends up to the network's total stride.
 
-    Zero is what the convolutions themselves find beyond an image. With `slab_size` the image goes through the network
+    A coarse map reaches far from there, and an edge that no scan has would disturb it. With `slab_size` the image goes through the network
     in parts along its first axis, each with as many voxels more on either side as the network sees, which are cut off
     again: the result is that of the whole image.
 
@@ -47,7 +47,7 @@ def network_maps(
     stride = total_stride(network, image)
     padded = tuple(-(-length // s) * s for length, s in zip(size, stride))
     ends = [n for length, whole in zip(size[::-1], padded[::-1]) for n in (0, whole - length)]
-    batch = F.pad(image, ends)[None]
+    batch = F.pad(image[None], ends, mode="replicate")
     if slab_size is not None and (len(size) != 3 or slab_size % stride[0]):
         raise ValueError(f"slab_size {slab_size} needs volumes, and must be a multiple of the stride {stride[0]}")
     if slab_size is None or padded[0] <= slab_size:
@@ -105,6 +105,8 @@ def slab_halo(network: nn.Module, image: Tensor, stride: Sequence[int]) -> int:
             probe = image.new_zeros(1, len(image), length, *(2 * s for s in stride[1:]))
             probe[:, :, plane] = float("nan")
             reach = max(reach, *(_spoiled(m, length // m.shape[1], plane) for m in _run(network, probe)))
+            if reach >= length // 2 - step:
+                break
         if reach < length // 2 - step:
             return -(-reach // step) * step
         length *= 2
@@ -125,12 +127,16 @@ def _known_stride(network: nn.Module, rank: int) -> tuple[int, ...] | None:
 
 
 def _unpadded(network: nn.Module, image: Tensor) -> list[Tensor] | None:
-    """Maps of the image as it is, where the network takes it."""
+    """Maps of the image as it is, where the network takes it and they fill it beyond doubt."""
     try:
         maps = _run(network, image[None])
     except (RuntimeError, ValueError):  # networks refuse sizes in many ways
         return None
-    return maps if _divide(maps, image.shape[1:]) else None
+    if not _divide(maps, image.shape[1:]):
+        return None
+    # 10 voxels in 2 cells are cells of 5, or cells of 4 without the rest; only powers of two are taken at their word
+    strides = [v // c for m in maps for v, c in zip(image.shape[1:], m.shape[1:])]
+    return maps if all(s & (s - 1) == 0 for s in strides) else None
 
 
 def _divide(maps: Sequence[Tensor], size: Sequence[int]) -> bool:

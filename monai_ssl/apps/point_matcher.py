@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,7 +60,7 @@ class PointMatcher:
             None: -17.4, that is -500 HU, with the default transform, and no such test with another.
 
     Raises:
-        ValueError: a `slab_size` that is no multiple of 4, or `chunk_size` below 1.
+        ValueError: a `slab_size` that is no multiple of 4, `chunk_size` below 1, or a device that is not there.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class PointMatcher:
         if chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
         self.spatial_dims: int | None = getattr(network, "spatial_dims", None)
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = _device(device)
         self.network = network.to(self.device)
         self.transform = embedding_transform(None, self.spatial_dims or 3) if transform is None else transform
         self.body_threshold = _BODY if body_threshold is None and transform is None else body_threshold
@@ -158,13 +158,15 @@ class PointMatcher:
         if max_cycle_mm is not None and max_cycle_mm < 0:
             raise ValueError(f"max_cycle_mm must not be negative, got {max_cycle_mm}")
         first, second = self.embedding(query), self.embedding(key)
-        known = to_ras(_points(points, len(first.size)), space, first.source_affine)
+        given = _points(points, len(first.size))
+        known = to_ras(given, space, first.source_affine)
         outside = ~first.contains(known)
         if outside.any():
             rows = outside.nonzero().flatten().tolist()
+            low, high = (_shown(end[None]) for end in first.extent(space))
             raise ValueError(
-                f"points outside of {image_name(query, 'the query image')}, rows {rows}: {_shown(points, rows)} "
-                f"({space}); are they in this space, and x, y, z in this order?"
+                f"points outside of {image_name(query, 'their image')}, rows {rows}: {_shown(given[rows])}; "
+                f"in {space} it lies between {low} and {high}: are the points in this space, x, y, z in this order?"
             )
         found, score = self._search(first, second, known)
         accepted = first.in_body(known) & second.in_body(found)
@@ -238,13 +240,21 @@ class PointMatcher:
         return ImageEmbedding(maps, affine, size, affine, size, padded, body)
 
 
+def _device(device: torch.device | str | None) -> torch.device:
+    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.zeros(0, device=chosen).device
+    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
+        raise ValueError(f"device {chosen} cannot be used: {str(error).splitlines()[0]}") from error
+
+
 def _affine(image: MetaTensor) -> Tensor:
     """Index -> RAS mm, float64; MONAI keeps 4 x 4 for pictures too."""
     return torch.as_tensor(to_affine_nd(image.ndim - 1, image.affine.cpu().double().numpy()), dtype=torch.float64)
 
 
 def _points(points: Any, rank: int) -> Tensor:
-    values = torch.as_tensor(points).detach().cpu().double()
+    values = torch.as_tensor(points, dtype=torch.float64).detach().cpu()
     if values.ndim != 2 or values.shape[1] != rank:
         raise ValueError(f"points must be (P, {rank}), got {tuple(values.shape)}")
     if not values.isfinite().all():
@@ -254,6 +264,6 @@ def _points(points: Any, rank: int) -> Tensor:
     return values
 
 
-def _shown(points: Any, rows: Sequence[int]) -> str:
-    values = torch.as_tensor(points)[list(rows[:3])].tolist()
-    return ", ".join(f"({', '.join(f'{v:g}' for v in row)})" for row in values) + (", .." if len(rows) > 3 else "")
+def _shown(points: Tensor) -> str:
+    values = points[:3].tolist()
+    return ", ".join(f"({', '.join(f'{v:.6g}' for v in row)})" for row in values) + (", .." if len(points) > 3 else "")

@@ -29,6 +29,7 @@ from .nets import (
     cpc_indices,
 )
 from .provenance import make_provenance, read_provenance
+from .rebuild import rebuild_network
 from .released_weights import inflate_resnet18, load_mmdet_checkpoint
 from .unet_stages import UNetFeatures, UNetStages, trained_prefixes, unet_features, unet_stages
 
@@ -64,6 +65,7 @@ __all__ = [
     "make_provenance",
     "overlap_theta",
     "read_provenance",
+    "rebuild_network",
     "save_pretrained",
     "trained_prefixes",
     "unet_features",

@@ -6,6 +6,7 @@ from __future__ import annotations
 from .agreement import agreement_panels
 from .confusion import plot_confusion
 from .curves import plot_curves
+from .matching import plot_match
 from .multi_task import multi_task_panels
 from .overlay import plot_overlay
 from .paired_views import paired_view_panels
@@ -28,6 +29,7 @@ __all__ = [
     "partition_panels",
     "plot_confusion",
     "plot_curves",
+    "plot_match",
     "plot_overlay",
     "region_panels",
     "relative_location_panels",
