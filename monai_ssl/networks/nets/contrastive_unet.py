@@ -91,9 +91,18 @@ class ContrastiveUNet(UNetFeatures):
             return self.g1(features.flatten(2).mean(2) if self.pool else features.flatten(1))
         with torch.no_grad():
             maps = encode(self.network, x)
-        features = self.g2(decode(self.network, maps, self.num_decoder_blocks))  # (N, C, *size)
-        vectors = region_vectors(features, self._starts(tuple(features.shape[2:])), self.region_size)
-        return self.dense(vectors)  # (N, R, C * K^n) -> (N, R, D)
+        return self._embed_regions(decode(self.network, maps, self.num_decoder_blocks))
+
+    def _embed_regions(self, features: Tensor) -> Tensor:
+        """Region vectors (N, R, D) of a decoder map (N, C, *size)."""
+        *layers, last = self.g2
+        for layer in layers:
+            features = layer(features)
+        starts, axes = self._starts(tuple(features.shape[2:])), features.ndim - 2
+        vectors = region_vectors(features, starts, self.region_size)  # (N, R, C * K^n)
+        # the last 1 x 1 convolution has no norm after it, so that it is needed at these places only
+        patches = vectors.reshape(-1, features.shape[1], *[self.region_size] * axes)  # (N * R, C, K, ..)
+        return self.dense(last(patches).flatten(1)).unflatten(0, vectors.shape[:2])
 
     def train(self, mode: bool = True) -> ContrastiveUNet:
         """Training mode for all but a frozen encoder, whose statistics must not move (engines call this at every
