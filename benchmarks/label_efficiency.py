@@ -95,7 +95,10 @@ class Study:
         return result
 
     def pretrain(self, arm: str) -> str:
-        """Pretrains one arm on the pool's images and returns its encoder.pt; an interrupted run is resumed."""
+        """Pretrains one arm on the pool's images and returns its weights; an interrupted run is resumed.
+
+        An arm may say `after`, the arm whose weights it starts from, and `file`, the name of its own.
+        """
         spec = self.spec["arms"][arm]
 
         def work(folder: Path) -> dict[str, Any]:
@@ -109,13 +112,15 @@ class Study:
                     "ckpt_dir": str(models),
                     "resume": any(models.glob("checkpoint*")),
                     "seed": self.spec.get("seed", 0),
+                    **before,
                 },
             )
             metrics = workflow.parser.get_parsed_content("validate#evaluator").state.metrics
             return {k: float(v) for k, v in metrics.items()}
 
+        before = {"pretrained": self.pretrain(spec["after"])} if "after" in spec else {}  # the stage before
         self.once(f"pretrain_{arm}", work)
-        return str(self.output_dir / f"pretrain_{arm}" / "models" / "encoder.pt")
+        return str(self.output_dir / f"pretrain_{arm}" / "models" / spec.get("file", "encoder.pt"))
 
     def finetune(self, arm: str, count: int, draw: int, lr: float, encoder: str, choosing: bool) -> dict[str, Any]:
         """Trains on `count` labelled volumes and evaluates on the test volumes, or on those for choosing the rate."""
@@ -136,7 +141,7 @@ class Study:
             }
             resume = any((folder / "models").glob("checkpoint*"))
             run_bundle(spec, [], {**common, "pretrained": encoder, "resume": resume})
-            evaluated = run_bundle(spec, ["evaluate.yaml"], {**common, "save_predictions": False})
+            evaluated = run_bundle(spec, [spec.get("evaluate", "evaluate.yaml")], {**common, "save_predictions": False})
             state = evaluated.parser.get_parsed_content("validate#evaluator").state
             dice = state.metric_details["mean_dice"]
             return {

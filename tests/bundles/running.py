@@ -24,6 +24,8 @@ NAMES = sorted(path.parent.parent.name for path in BUNDLES.glob("*/configs/metad
 # the workflows that every bundle has, and the fine-tuning that some have; further files are variants of the first
 ROLES = ("train.yaml", "evaluate.yaml", "multi_gpu_train.yaml", "inference.yaml", "tracking_mlflow.yaml")
 FINETUNE = ("finetune.yaml", "finetune_published.yaml")
+# workflows of single bundles, which stand alone or go over others than train.yaml
+FURTHER = ("all_stages.yaml", "finetune_evaluate.yaml", "match.yaml", "track_lesions.yaml")
 TIME_LIMIT = 300
 
 
@@ -32,7 +34,9 @@ def settings_of(bundle: Path) -> BundleSettings:
 
 
 def variants(bundle: Path) -> list[str]:
-    return sorted(path.name for path in (bundle / "configs").glob("*.yaml") if path.name not in ROLES + FINETUNE)
+    return sorted(
+        path.name for path in (bundle / "configs").glob("*.yaml") if path.name not in ROLES + FINETUNE + FURTHER
+    )
 
 
 def copy_bundle(bundle: Path, parent: Path) -> Path:

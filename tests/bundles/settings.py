@@ -12,6 +12,8 @@ CLASSES = ("plain", "venous")
 VOLUME_SIZE = (40, 32, 36)
 # a part of every file name and of nothing else, to be searched for in what a bundle writes
 PATIENT = "PATIENT_00"
+# bundles whose encoder is this package's own, since MONAI has none like it
+OWN_ENCODER = ("sam_resnet18_ct",)
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class BundleSettings:
         two_processes: overrides beyond `quick` for the run with two processes.
         inference: overrides of inference.yaml, for weights that `train` gave.
         encoder: the arguments of `ssl.encoder` in metadata.json that `train` changes.
+        encoder_file: the name of the weights that pretraining is for, and the prefix of their names in `model.pt`.
         network_input: shape of a batch that `network_def` takes.
         variants: for a variant, the files between it and train.yaml, and overrides beyond `train`.
         same_grid: inference writes each volume's own grid, else a coarser one over the same space.
@@ -37,6 +40,7 @@ class BundleSettings:
     two_processes: dict[str, Any] = field(default_factory=dict)
     inference: dict[str, Any] = field(default_factory=dict)
     encoder: dict[str, Any] = field(default_factory=dict)
+    encoder_file: tuple[str, str] = ("encoder.pt", "encoder.")
     network_input: tuple[int, ...] = (1, 1, 32, 32, 64)
     variants: dict[str, tuple[list[str], dict[str, Any]]] = field(default_factory=dict)
     same_grid: bool = False
@@ -54,6 +58,12 @@ VOCO = {**TINY, "val_fraction": 0.33, "monitor_interval": 1, "preview_interval":
 SEGMENTATION = {**TINY, "val_fraction": 0.33, "test_fraction": 0.17, "num_samples": 1, "num_overlays": 1}
 # a volume of each class for validation, none for testing, so that evaluate.yaml takes these
 CLASSIFICATION = {**TINY, "val_fraction": 0.33, "test_fraction": 0.0, "class_names": list(CLASSES)}
+
+SAM = {**TINY, "val_fraction": 0.33, "monitor_interval": 1, "preview_interval": 2, "base_channels": 8, "embed_dim": 16}
+SAM |= {"spacing": [10.0] * 3, "pixdim": [10.0] * 3, "roi_size": [16, 32, 32], "warmup_steps": 2}
+
+SLICES = {**TINY, "val_fraction": 0.33, "monitor_interval": 1, "preview_interval": 2, "channels": [8, 16, 32, 64]}
+SLICES |= {"pixdim": [10.0] * 2, "plane_size": [64, 64], "hidden_channels": 16, "out_channels": 8}
 
 # The patch pretexts: patches that leave two voxels on the coarsest level of SegResNet; what a wider stride needs is
 # given with the variant.
@@ -111,6 +121,28 @@ SETTINGS = {
         roi_size=[24, 24, 32],
         hidden_channels=16,
         out_channels=8,
+    ),
+    "global_local_unet_mr": BundleSettings(
+        train={**SLICES, "max_iterations": 2},
+        quick_files=("train.yaml", "small.yaml"),
+        quick={**SLICES, "max_iterations": 4},
+        inference={**CPU, "channels": [8, 16, 32, 64], "pixdim": [10.0] * 2, "plane_size": [64, 64]},
+        encoder={"channels": [8, 16, 32, 64], "strides": [2, 2, 2]},
+        encoder_file=("unet_encoder.pt", "network."),
+        network_input=(1, 1, 64, 64),
+        variants={
+            "decoder.yaml": ([], {"num_decoder_blocks": 2, "pretrained": ""}),
+            "basic_unet.yaml": ([], {}),
+        },
+    ),
+    "sam_resnet18_ct": BundleSettings(
+        train={**SAM, "max_iterations": 2},
+        quick_files=("train.yaml", "small.yaml"),
+        quick={**SAM, "max_iterations": 4},
+        inference={**CPU, "base_channels": 8, "embed_dim": 16, "pixdim": [10.0] * 3},
+        encoder={"base_channels": 8},
+        network_input=(1, 1, 16, 32, 32),
+        variants={"two_dimensions.yaml": ([], {})},
     ),
     "multi_task_pretraining": patch_pretext(
         {

@@ -23,7 +23,7 @@ from monai_ssl.networks import read_provenance
 
 from .conftest import Trained
 from .running import chain, command_line, copy_bundle, item, load_config, make, power_cut, run, start
-from .settings import PATIENT, BundleSettings
+from .settings import OWN_ENCODER, PATIENT, BundleSettings
 
 LOAD_WITHOUT_US = """
 import json, sys
@@ -103,7 +103,10 @@ def test_encoder_loads_without_this_package(trained: Trained, bundle: Path, sett
     if "pretext" not in load_config(bundle, "train.yaml"):
         assert not (trained.root / "models" / "encoder.pt").exists()
         return
-    file = trained.root / "models" / "encoder.pt"
+    name_of_file, prefix = settings.encoder_file
+    file = trained.root / "models" / name_of_file
+    if bundle.name in OWN_ENCODER:
+        pytest.skip("the encoder is this package's own, MONAI has none like it")
     declared = json.loads((bundle / "configs" / "metadata.json").read_text())["ssl"]["encoder"]
     arguments = json.dumps({**declared, **settings.encoder})
     done = start([sys.executable, "-c", LOAD_WITHOUT_US, str(file), arguments], cwd=trained.root)
@@ -113,7 +116,7 @@ def test_encoder_loads_without_this_package(trained: Trained, bundle: Path, sett
     assert provenance["arxiv"] == json.loads((bundle / "configs" / "metadata.json").read_text())["ssl"]["arxiv"]
     network = torch.load(file.with_name("model.pt"), weights_only=True)
     for name, value in torch.load(file, weights_only=True).items():
-        assert torch.equal(network[f"encoder.{name}"], value)
+        assert torch.equal(network[f"{prefix}{name}"], value)
 
 
 @pytest.mark.parametrize(
