@@ -82,9 +82,7 @@ def single_scores(views: Tensor) -> Scores:
 
 
 def summed_scores(fine: Tensor, coarse: Tensor, anchors: Tensor) -> Scores:
-    """Inner products in the fine map, and with them those in the coarse map brought to its size and renormalised.
-
-    Interpolation commutes with the inner product, so the enlarged map is only needed for its norms and the anchors.
+    """Inner products in the fine map, plus those in the coarse map brought to its size (linear) and renormalised.
 
     Args:
         fine: (2, C, *s).
@@ -92,21 +90,19 @@ def summed_scores(fine: Tensor, coarse: Tensor, anchors: Tensor) -> Scores:
         anchors: cells of the own view, (2, A).
     """
     size, mode = fine.shape[2:], LINEAR[fine.ndim - 2]
-    enlarge = lambda x: F.interpolate(x, size=size, mode=mode, align_corners=False).flatten(2)
-    queries, coarse_queries, norms = [], [], []
+    maps, queries = [], []
     for view, cells in enumerate(anchors):
-        queries.append(fine[view].flatten(1)[:, cells])
-        large = enlarge(coarse[view : view + 1])[0]  # (D, N)
-        norms.append(torch.linalg.vector_norm(large, dim=0).clamp_min(EPS))
-        coarse_queries.append(large[:, cells] / norms[view][cells])
-    query, coarse_query = torch.cat(queries, 1).T, torch.cat(coarse_queries, 1).T  # (2A, C), (2A, D)
-    norm = torch.cat(norms)
+        large = F.interpolate(coarse[view : view + 1], size=size, mode=mode, align_corners=False)[0].flatten(1)
+        large = large / torch.linalg.vector_norm(large, dim=0).clamp_min(EPS)
+        maps.append((fine[view].flatten(1), large))  # (C, N), (D, N)
+        queries.append([m[:, cells] for m in maps[-1]])
+    query, coarse_query = (torch.cat(q, 1).T for q in zip(*queries))  # (2A, C), (2A, D)
 
     def score(part: slice) -> Tensor:
-        low = torch.stack([coarse_query[part] @ view.flatten(1) for view in coarse], 1)  # (rows, 2, cells of coarse)
-        total = enlarge(low.unflatten(2, coarse.shape[2:])).flatten(1).div_(norm)
-        for view, columns in zip(fine, total.chunk(2, 1)):
-            columns += query[part] @ view.flatten(1)
+        total = query.new_empty(len(query[part]), 2 * maps[0][0].shape[1])
+        for (own, large), columns in zip(maps, total.chunk(2, 1)):
+            torch.mm(query[part], own, out=columns)
+            columns.addmm_(coarse_query[part], large)
         return total
 
     return score

@@ -185,10 +185,9 @@ class AnatomicalEmbeddingLoss(nn.Module):
 
 def _volume_loss(views: Sequence[Tensor], samples: PairSamples, temperature: float, diverse: Tensor | None) -> Tensor:
     """The mean over the anchors of one volume; views two of (C, *s), samples without their axis B."""
-    flat = [view.flatten(1) for view in views]  # (C, N)
-    cells = torch.cat([*flat, flat[0].new_zeros(len(flat[0]), 1)], 1).T  # (2N + 1, C), the zero vector last
-    view = torch.arange(2, device=cells.device)[:, None]
-    num = flat[0].shape[1]
+    flat = [view.flatten(1).T for view in views]  # (N, C)
+    cells = torch.cat([*flat, flat[0].new_zeros(1, flat[0].shape[1])])  # (2N + 1, C), the zero vector last
+    view, num = torch.arange(2, device=cells.device)[:, None], len(flat[0])
     query = cells.index_select(0, (samples.anchors + view * num).flatten())  # (2A, C)
     key = cells.index_select(0, samples.positives.flatten())
     if samples.positive_index is not None:
