@@ -20,7 +20,7 @@ from monai_ssl.metrics.matching_error import matching_distance, matching_summary
 from .image_embedding import ImageEmbedding, to_ras
 from .lesion_pairs import read_pairs
 from .markups import write_markups
-from .point_matcher import PointMatcher
+from .point_matcher import PointMatcher, check_filters
 from .preprocessing import image_name
 
 __all__ = ["track_lesions", "tracking_summary"]
@@ -64,6 +64,7 @@ def track_lesions(
         OSError: a scan or the file of pairs is absent.
         ValueError: pairs in another form, or points outside of their scan; the message names the pair.
     """
+    check_filters(min_score, max_cycle_mm)
     checked, output = read_pairs(pairs), Path(output_dir)
     uses = Counter(_key(pair[end]) for pair in checked for end in ("source", "target"))
     embeddings: dict[Any, ImageEmbedding] = {}

@@ -24,9 +24,9 @@ def network_maps(
 ) -> tuple[list[Tensor], tuple[int, ...]]:
     """The maps of one image in eval mode, its last voxels repeated at the ends up to the network's total stride.
 
-    A coarse map reaches far from there, and an edge that no scan has would disturb it. With `slab_size` the image goes through the network
-    in parts along its first axis, each with as many voxels more on either side as the network sees, which are cut off
-    again: the result is that of the whole image.
+    A coarse map reaches far from there, and an edge that no scan has would disturb it. With `slab_size` the image goes
+    through the network in parts along its first axis, each with as many voxels more on either side as the network sees,
+    which are cut off again: the result is that of the whole image.
 
     Args:
         network: gives a list of maps (1, C, *size), finest first.

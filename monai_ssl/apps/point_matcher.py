@@ -21,7 +21,7 @@ from .point_matching import match_points, similarity_map
 from .preprocessing import embedding_transform, image_name, load_image
 from .registration.points import foreground_mask
 
-__all__ = ["PointMatcher", "PointMatches"]
+__all__ = ["PointMatcher", "PointMatches", "check_filters"]
 
 _IN_MEMORY = 2  # embeddings that are kept besides the files: those of a pair
 _BODY = -17.4  # -500 HU as the default transform scales it
@@ -153,10 +153,7 @@ class PointMatcher:
         Raises:
             ValueError: points outside of the query image, with their rows, an unknown space, or a `min_score` over 1.
         """
-        if min_score is not None and min_score > 1:
-            raise ValueError(f"min_score {min_score} accepts nothing: scores are mean cosines, at most 1")
-        if max_cycle_mm is not None and max_cycle_mm < 0:
-            raise ValueError(f"max_cycle_mm must not be negative, got {max_cycle_mm}")
+        check_filters(min_score, max_cycle_mm)
         first, second = self.embedding(query), self.embedding(key)
         given = _points(points, len(first.size))
         known = to_ras(given, space, first.source_affine)
@@ -238,6 +235,14 @@ class PointMatcher:
             axial = int(affine[-2, :-1].abs().argmax())  # the axis that runs along the patient
             body = body_cells(mask, maps[0].shape[1:], axial)
         return ImageEmbedding(maps, affine, size, affine, size, padded, body)
+
+
+def check_filters(min_score: float | None, max_cycle_mm: float | None) -> None:
+    """ValueError where a filter accepts nothing."""
+    if min_score is not None and min_score > 1:
+        raise ValueError(f"min_score {min_score} accepts nothing: scores are mean cosines, at most 1")
+    if max_cycle_mm is not None and max_cycle_mm < 0:
+        raise ValueError(f"max_cycle_mm must not be negative, got {max_cycle_mm}")
 
 
 def _device(device: torch.device | str | None) -> torch.device:

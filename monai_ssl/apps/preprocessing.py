@@ -53,6 +53,8 @@ def embedding_transform(preprocessing: Mapping[str, Any] | None = None, spatial_
         low, high = (float(v) for v in given["scaled"])
         window = [float(v) for v in given.get("percentiles") or given["intensity"]]
         pixdim = [float(v) for v in ensure_tuple_rep(given["spacing"], spatial_dims)]
+        if min(pixdim) <= 0:
+            raise ValueError("spacing must be positive")
         scale = ScaleIntensityRangePercentiles if given.get("percentiles") else ScaleIntensityRange
         steps: list[Any] = [Spacing(pixdim=pixdim), scale(*window, low, high, clip=True)]
         if given["orientation"] and spatial_dims == 3:

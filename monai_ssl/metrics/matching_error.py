@@ -93,12 +93,12 @@ def matching_summary(
         `CPM@Radius`.
 
     Raises:
-        ValueError: no point.
+        ValueError: no points, or another number of them.
     """
-    distance = matching_distance(pred, true, spacing)
-    if not distance.numel():
-        raise ValueError("there are no points to compare")
     pred, true, spacing = (torch.as_tensor(v, dtype=torch.float64) for v in (pred, true, spacing))
+    if pred.shape != true.shape or not len(pred):
+        raise ValueError(f"points {tuple(pred.shape)} and {tuple(true.shape)} must be equal, (P, n), and not no points")
+    distance = matching_distance(pred, true, spacing)
     along = ((pred - true) * spacing).abs().mean(0).tolist()
     at = f"CPM@{threshold:g}mm"
     summary = {"points": float(len(distance)), "MED_mm": float(distance.mean())}

@@ -42,8 +42,8 @@ def _class(target: str) -> type[nn.Module]:
     place, _, name = target.rpartition(".")
     for known in _PLACES:
         found = getattr(importlib.import_module(known), name, None)
-        # short names, and those of the submodules in which the classes are defined
-        if isinstance(found, type) and issubclass(found, nn.Module) and (not place or f"{place}.".startswith(known)):
+        named = not place or f"{place}.".startswith(f"{known}.")  # short, or by the submodule that defines it
+        if named and isinstance(found, type) and issubclass(found, nn.Module):
             return found
     raise ValueError(f"{target} is no network of {' or '.join(_PLACES)}")
 

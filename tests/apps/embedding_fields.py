@@ -9,8 +9,10 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from monai.data import MetaTensor
+from monai.transforms import Compose, Orientation, Spacing
 from torch import Tensor, nn
 
+from monai_ssl.networks import AnatomicalEmbeddingNet, AnisotropicResNet
 from monai_ssl.transforms.view_geometry import transform_points, voxel_index
 
 SCALES = (10.0, 60.0)  # mm, of the local and the global map
@@ -19,6 +21,32 @@ STRIDES = ((2, 2, 2), (4, 16, 16))
 AFFINE = torch.tensor(
     [[1.05, 0.02, 0, 3], [-0.03, 0.95, 0.04, -2], [0, -0.02, 1.08, 4], [0, 0, 0, 1]], dtype=torch.float64
 )
+# axes of the file point to the front, down and to the left, in steps of 1.5, 3 and 1 mm, far from the origin
+PERMUTED = torch.tensor([[0, 0, -1.0, 1500], [1.5, 0, 0, -1490], [0, -3.0, 0, 1520], [0, 0, 0, 1]], dtype=torch.float64)
+GEOMETRY = Compose([Orientation(axcodes="SPL", labels=None), Spacing(pixdim=(2, 2, 2))])
+
+
+def inside(affine: torch.Tensor, size: tuple[int, ...], number: int = 40, margin: float = 0.25) -> torch.Tensor:
+    """World points in the middle of an image."""
+    g = torch.Generator().manual_seed(1)
+    share = margin + (1 - 2 * margin) * torch.rand(number, len(size), generator=g, dtype=torch.float64)
+    return transform_points(affine, share * torch.tensor(size))
+
+
+def ct(seed: int = 0, size: tuple[int, ...] = (19, 24, 22), spacing: float = 2.0) -> MetaTensor:
+    g = torch.Generator().manual_seed(seed)
+    affine = torch.diag(torch.tensor([spacing, spacing, spacing, 1.0], dtype=torch.float64))
+    return MetaTensor(torch.randn(1, *size, generator=g) * 300, affine=affine)
+
+
+def resnet(spatial_dims: int = 3, seed: int = 0) -> AnatomicalEmbeddingNet:
+    torch.manual_seed(seed)
+    encoder = AnisotropicResNet(spatial_dims, base_channels=8)
+    for module in encoder.modules():
+        if isinstance(module, (nn.BatchNorm2d, nn.BatchNorm3d)):  # statistics of a trained network
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    return AnatomicalEmbeddingNet(encoder, encoder.channels, spatial_dims, embed_dim=7)
 
 
 def fields(channels: int = 128, rank: int = 3, seed: int = 0) -> list[Callable[[Tensor], Tensor]]:

@@ -9,45 +9,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from embedding_fields import AFFINE, CoordinateNet, StridedNet, coordinate_image
+from embedding_fields import AFFINE, GEOMETRY, PERMUTED, CoordinateNet, StridedNet, coordinate_image, ct, inside, resnet
 from monai.data import MetaTensor
-from monai.transforms import Compose, Flip, Orientation, Spacing, SpatialCrop
-from torch import nn
+from monai.transforms import Compose, SpatialCrop
 
 from monai_ssl.apps import ImageEmbedding, PointMatcher
-from monai_ssl.apps.network_maps import network_maps, slab_halo, total_stride
 from monai_ssl.data import PHANTOM_LABELS, torso_phantom
-from monai_ssl.networks import AnatomicalEmbeddingNet, AnisotropicResNet
 from monai_ssl.transforms.view_geometry import transform_points
 
-GEOMETRY = Compose([Orientation(axcodes="SPL", labels=None), Spacing(pixdim=(2, 2, 2))])
-# axes of the file point to the front, down and to the left, in steps of 1.5, 3 and 1 mm, far from the origin
-PERMUTED = torch.tensor([[0, 0, -1.0, 1500], [1.5, 0, 0, -1490], [0, -3.0, 0, 1520], [0, 0, 0, 1]], dtype=torch.float64)
 TURN = torch.tensor([[0.96, -0.28, 0, 0], [0.28, 0.96, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]], dtype=torch.float64)
 OBLIQUE = TURN @ torch.tensor([[1.2, 0, 0, 40], [0, 1.6, 0, -30], [0, 0, 2.5, 7], [0, 0, 0, 1]], dtype=torch.float64)
-
-
-def inside(affine: torch.Tensor, size: tuple[int, ...], number: int = 40, margin: float = 0.25) -> torch.Tensor:
-    """World points in the middle of an image."""
-    g = torch.Generator().manual_seed(1)
-    share = margin + (1 - 2 * margin) * torch.rand(number, len(size), generator=g, dtype=torch.float64)
-    return transform_points(affine, share * torch.tensor(size))
-
-
-def ct(seed: int = 0, size: tuple[int, ...] = (19, 24, 22), spacing: float = 2.0) -> MetaTensor:
-    g = torch.Generator().manual_seed(seed)
-    affine = torch.diag(torch.tensor([spacing, spacing, spacing, 1.0], dtype=torch.float64))
-    return MetaTensor(torch.randn(1, *size, generator=g) * 300, affine=affine)
-
-
-def resnet(spatial_dims: int = 3, seed: int = 0) -> AnatomicalEmbeddingNet:
-    torch.manual_seed(seed)
-    encoder = AnisotropicResNet(spatial_dims, base_channels=8)
-    for module in encoder.modules():
-        if isinstance(module, (nn.BatchNorm2d, nn.BatchNorm3d)):  # statistics of a trained network
-            module.running_mean.normal_()
-            module.running_var.uniform_(0.5, 2)
-    return AnatomicalEmbeddingNet(encoder, encoder.channels, spatial_dims, embed_dim=7)
 
 
 @pytest.mark.parametrize("net", [CoordinateNet, StridedNet])
@@ -113,144 +84,6 @@ def test_embedding_keeps_the_grid() -> None:
     # cell i lies between the voxels 2 i and 2 i + 1
     first = transform_points(embedding.affine, torch.tensor([[0.5, 2.5, 4.5]]))
     torch.testing.assert_close(embedding.cells(first), torch.tensor([[0.0, 1, 2]], dtype=torch.float64))
-
-
-def test_padded_cells_never_match() -> None:
-    """What is searched for is found in the padding alone, which must not count."""
-
-    class Bright(nn.Module):
-        encoder = nn.Identity()
-
-        def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
-            wanted = F.avg_pool3d(image, 2)
-            wanted[:, :, 5:], wanted[:, :, :, 5:], wanted[..., 6:] = 1, 1, 1  # 9, 10 and 11 voxels end there
-            return [F.normalize(torch.cat([wanted, 1 - wanted], 1), dim=1)]
-
-    Bright.encoder.strides = [(2, 8, 8)]
-    query, image = (MetaTensor(torch.full((1, 9, 10, 11), value), affine=ct().affine) for value in (1.0, 0.2))
-    matcher = PointMatcher(Bright(), Compose([]))
-    embedding = matcher.embed(image)
-    assert embedding.padded_size == (10, 16, 16)
-    mask = embedding.key_mask()
-    assert mask.shape == (5, 8, 8)
-    expected = torch.zeros(5, 8, 8, dtype=torch.bool)
-    expected[:5, :5, :6] = True
-    assert torch.equal(mask, expected)
-    points = torch.tensor([[16.0, 18.0, 20.0], [2.0, 2.0, 2.0]])
-    found = matcher.match(query, image, points)
-    assert (found.points <= torch.tensor([17.0, 19.0, 21.0])).all()
-    assert (found.score < 0.5).all()
-    assert matcher.similarity_map(query, image, points).shape == (2, 9, 10, 11)
-
-
-@pytest.mark.parametrize("size", [(5, 9, 7), (1, 16, 3), (3, 3, 40)])
-def test_volumes_smaller_than_a_patch(size: tuple[int, ...]) -> None:
-    matcher = PointMatcher(resnet(), Compose([]))
-    image = ct(size=size)
-    points = torch.tensor([[4.0 * (s // 4) + 1 for s in size]])  # the centre of a cell
-    found = matcher.match(image, image, points, cycle=True)
-    assert found.score[0] > 0.99
-    assert (found.points - points).abs().max() <= 2  # half a cell
-    assert found.cycle_error_mm is not None
-    assert torch.isfinite(found.cycle_error_mm).all()
-
-
-@pytest.mark.parametrize("slab", [8, 32])
-def test_slabs_equal_the_whole_volume(slab: int) -> None:
-    network, image = resnet().double(), torch.randn(1, 77, 16, 23, dtype=torch.float64)
-    whole, padded = network_maps(network, image)
-    assert padded == (80, 16, 32)
-    parts, again = network_maps(network, image, slab)
-    assert again == padded
-    for one, other in zip(whole, parts):
-        torch.testing.assert_close(one, other, atol=1e-13, rtol=0)
-
-
-def test_halo_is_the_receptive_field() -> None:
-    network, image = resnet(), torch.zeros(1, 9, 9, 9)
-    assert total_stride(network, image) == (4, 16, 16)
-    assert slab_halo(network, image, (4, 16, 16)) == 28
-    # by hand: 2 x 2 convolutions of 3 at stride 2, then 2 at 2 and 3 times 4, the head's 4, stem and pooling 1 each
-    short = AnisotropicResNet(base_channels=8, num_blocks=(1, 1, 1, 1))
-    network = AnatomicalEmbeddingNet(short, short.channels, embed_dim=7)
-    assert slab_halo(network, image, (4, 16, 16)) == 4 + 8 + 4
-    assert slab_halo(CoordinateNet(), torch.zeros(3, 9, 9, 9), (4, 16, 16)) == 0
-
-
-def test_slabs_of_a_matcher() -> None:
-    image = ct(size=(60, 20, 20))
-    embeddings = [PointMatcher(resnet(), Compose([]), slab_size=slab).embed(image) for slab in (None, 12)]
-    for one, other in zip(*(e.maps for e in embeddings)):
-        torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
-
-
-def test_slabs_that_cannot_be_exact_are_refused() -> None:
-    class Whole(StridedNet):
-        def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
-            return super().forward(image - image.mean((2, 3, 4), keepdim=True))
-
-    with pytest.raises(ValueError, match="sees the whole first axis"):
-        PointMatcher(Whole(), Compose([]), slab_size=8).embed(coordinate_image(torch.eye(4), (20, 16, 16)))
-    for slab in (30, 0, (32, 64, 64), 16.0):
-        with pytest.raises(ValueError, match=r"slab_size.*multiple of 4.*not divided along other axes"):
-            PointMatcher(CoordinateNet(), slab_size=slab)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="needs volumes"):
-        PointMatcher(resnet(2), Compose([]), slab_size=16).embed(ct(size=(40, 32)))
-
-
-def test_an_image_is_embedded_once(tmp_path: Path) -> None:
-    image, other = (coordinate_image(PERMUTED, (24, 16, 40), shift) for shift in (None, AFFINE))
-    network = StridedNet()
-    matcher = PointMatcher(network, GEOMETRY, cache_dir=tmp_path / "cache")
-    points = inside(PERMUTED, (24, 16, 40), 3)
-    first = matcher.match(image, other, points, cycle=True)
-    assert network.calls == 2
-    again = matcher.match(image, other, points, cycle=True)
-    assert network.calls == 2
-    assert torch.equal(first.points, again.points)
-    files = sorted((tmp_path / "cache").iterdir())
-    assert [len(file.name) for file in files] == [64 + 3] * 2
-    fresh = PointMatcher(StridedNet(), GEOMETRY, cache_dir=tmp_path / "cache")
-    assert torch.equal(fresh.match(image, other, points).points, first.points)
-    assert fresh.network.calls == 0
-    content = torch.load(files[0], weights_only=True)
-    assert all(type(m) is torch.Tensor for m in content["maps"])
-
-
-def test_the_cache_knows_what_it_holds(tmp_path: Path) -> None:
-    image = coordinate_image(PERMUTED, (24, 16, 40))
-    network = StridedNet()
-
-    def calls(image: MetaTensor, transform: object = GEOMETRY) -> int:
-        before = network.calls
-        PointMatcher(network, transform, cache_dir=tmp_path).embed(image)  # type: ignore[arg-type]
-        return network.calls - before
-
-    assert [calls(image), calls(image)] == [1, 0]
-    moved = MetaTensor(image.as_tensor(), affine=PERMUTED.clone())
-    moved.affine[0, 3] += 10
-    assert calls(moved) == 1
-    changed = image.clone()
-    changed[0, 5:8, 5:8, 5:8] += 1
-    assert calls(changed) == 1
-    assert calls(image, Compose([Orientation(axcodes="SPL", labels=None), Spacing(pixdim=(2, 2, 4))])) == 1
-    with torch.no_grad():
-        network.weight += 0.001
-    assert [calls(image), calls(image)] == [1, 0]
-    for file in tmp_path.iterdir():
-        file.write_bytes(file.read_bytes()[:1000])
-    assert [calls(image), calls(image)] == [1, 0]  # damaged files are written anew
-
-
-def test_voxel_space_is_that_of_the_image_at_hand(tmp_path: Path) -> None:
-    """Two files with the same voxels in the world, one stored back to front: one embedding, two kinds of index."""
-    image = coordinate_image(PERMUTED, (24, 16, 40))
-    other = Flip(0)(image)
-    matcher = PointMatcher(StridedNet(), GEOMETRY, cache_dir=tmp_path)
-    index = torch.tensor([[10.0, 8.0, 20.0]])
-    found = matcher.match(image, image, index, "voxel").points
-    flipped = matcher.match(image, other, index, "voxel").points
-    torch.testing.assert_close(flipped, found * torch.tensor([-1, 1, 1]) + torch.tensor([23, 0, 0]), atol=1e-4, rtol=0)
 
 
 def test_filters() -> None:
@@ -357,14 +190,6 @@ def test_default_transform_on_the_phantom_and_the_body() -> None:
     found = matcher.match(image, image, torch.cat([torch.from_numpy(points), air]))
     assert found.accepted.tolist() == [True, True, True, False, False]
     assert PointMatcher(resnet(), Compose([])).embed(ct()).body is None  # unknown intensities
-
-
-def test_network_is_left_as_it_was() -> None:
-    network = resnet().train()
-    state = {name: value.clone() for name, value in network.state_dict().items()}
-    PointMatcher(network, Compose([])).embed(ct())
-    assert network.training
-    assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
 
 
 def test_by_hand_made_embedding() -> None:
