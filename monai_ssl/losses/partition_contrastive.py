@@ -116,7 +116,7 @@ def pair_terms(against: Tensor, positive: Tensor) -> Tensor:
 
 def masked_logsumexp(scores: Tensor, mask: Tensor) -> Tensor:
     """Over the last axis, of the scores where the mask is True; hardly above -max/2 where it is nowhere."""
-    # finite, so that an anchor without negatives has no NaN gradient
+    # finite, since sums and differences of infinities are no numbers
     floor = -torch.finfo(scores.dtype).max / 2
     return torch.where(mask, scores, floor).logsumexp(-1)
 

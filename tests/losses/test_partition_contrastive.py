@@ -105,7 +105,7 @@ BATCHES = {
 
 @pytest.mark.parametrize("ids", BATCHES.values(), ids=BATCHES)
 @pytest.mark.parametrize("mode", ["GR", "GD-", "GD"])
-@pytest.mark.parametrize("temperature", [0.1, 0.7])
+@pytest.mark.parametrize("temperature", [0.04, 0.1, 0.7])
 def test_equal_to_pair_loops(mode: str, ids: dict[str, Any], temperature: float) -> None:
     z = random(len(ids["source"]), 5).requires_grad_()
     expected = loop_loss(mode, z, ids, temperature)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -8,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from monai.networks.nets import UNet
 
-from monai_ssl.losses import region_starts
+from monai_ssl.data import PrepareSliceBatch
+from monai_ssl.losses import region_starts, slice_pairs
 from monai_ssl.networks import ContrastiveUNet
 from monai_ssl.visualize import COLOURS, Panel, draw_panels, figure_image, partition_panels, region_panels
 
@@ -72,6 +74,18 @@ def test_pairs_of_the_first_view(mode: str, positives: set[int], negatives: set[
     assert set(torch.nonzero(row == 0).flatten().tolist()) == negatives
     total = {"GR": 24, "GD-": 24, "GD": 72}[mode]
     assert matrix.caption == f"{mode}: {total} positive pairs of 24 items, {len(negatives)} negatives each"
+
+
+def test_matrix_with_a_repeated_volume() -> None:
+    """The first two rows are one volume, whose slices are no partners."""
+    data = batch()
+    data["volume"][4:8] = 40
+    positives, negatives = slice_pairs("GD", **PrepareSliceBatch()(data)[1])
+    heat = partition_panels(data, ["GD"])[2].heat
+    for i, j in product(range(24), repeat=2):  # anchor i is a row, the first on top
+        shown = heat[j, 23 - i]
+        assert (shown == 1) == positives[i, j]
+        assert (shown == 0) == negatives[i, j]
 
 
 def test_all_modes_draw() -> None:
