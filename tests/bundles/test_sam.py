@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What only the bundle of arXiv 2012.02383 does: matching, tracking, and images with two axes."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import pytest
+
+from monai_ssl.apps import load_matcher
+
+from .conftest import Trained
+from .running import copy_bundle, item, make, run
+from .settings import CPU, SAM
+
+pytestmark = pytest.mark.parametrize("bundle", ["sam_resnet18_ct"], indirect=True)
+MATCH = {"device": CPU["device"], "max_cycle_mm": None}
+
+
+def inside(scan: Path) -> list[float]:
+    """A place in the middle of a scan, RAS mm."""
+    image = nibabel.load(scan)
+    return nibabel.affines.apply_affine(image.affine, np.array(image.shape) / 2).tolist()
+
+
+def test_match_and_track(bundle: Path, quickly_trained: Trained, scans: Path, tmp_path: Path) -> None:
+    """A scan in itself: every point is found where it is, by both workflows and by the matcher in Python."""
+    template, other = sorted(scans.iterdir())
+    points = [inside(template)]
+    options = {**MATCH, "output_dir": str(tmp_path / "match")}
+    queries = [str(template), str(other)]
+    run(make(quickly_trained.root, "match.yaml", template=str(template), points=points, queries=queries, **options))
+    with (tmp_path / "match" / "tracking.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    found = [float(rows[0][f"target_{axis}"]) for axis in "xyz"]
+    assert found == pytest.approx(points[0], abs=10.0)  # half a cell
+    assert float(rows[0]["score"]) > 0.99
+    assert len(rows) == 2
+    matcher = load_matcher(quickly_trained.root, device="cpu")
+    assert matcher.match(template, template, points).points[0].tolist() == pytest.approx(found, abs=1e-3)
+    pairs = tmp_path / "pairs.json"
+    entry = {"id": "a", "source": str(template), "target": str(template), "points": points, "truth": points}
+    pairs.write_text(json.dumps([entry]))
+    options["output_dir"] = str(tmp_path / "track")
+    run(make(quickly_trained.root, "track_lesions.yaml", pairs=str(pairs), **options))
+    with (tmp_path / "track" / "tracking.csv").open(newline="") as stream:
+        assert float(next(csv.DictReader(stream))["distance_mm"]) < 18  # half a cell along each axis
+    assert (tmp_path / "track" / "a_target.mrk.json").is_file()
+
+
+def test_two_dimensions(bundle: Path, dataset: Path, tmp_path: Path) -> None:
+    slices = tmp_path / "slices"
+    slices.mkdir()
+    for path in sorted((dataset / "images").iterdir()):
+        image = nibabel.load(path)
+        plane = np.asarray(image.dataobj)[:, :, image.shape[2] // 2]
+        nibabel.save(nibabel.Nifti1Image(plane, image.affine), slices / path.name)
+    options: dict[str, Any] = {**SAM, "dataset_dir": str(slices), "max_iterations": 2, "roi_size": [32, 32]}
+    options |= {"spacing": [10.0, 10.0], "pixdim": [10.0, 10.0]}
+    workflow = make(copy_bundle(bundle, tmp_path), "train.yaml", "two_dimensions.yaml", **options)
+    assert workflow.check_properties() == []
+    run(workflow)
+    assert item(workflow, "train#trainer").state.iteration == 2
+    assert (tmp_path / bundle.name / "models" / "model.pt").is_file()
