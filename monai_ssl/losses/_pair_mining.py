@@ -11,7 +11,7 @@ from torch import Tensor
 from ..transforms.view_geometry import squared_distance
 from ._pair_rows import Rows, Scores
 
-__all__ = ["Mining", "choose", "choose_negatives"]
+__all__ = ["HardNegatives", "choose", "choose_negatives"]
 
 NOTHING = float("-inf")
 
@@ -66,11 +66,11 @@ def choose_negatives(
     return best.indices.gather(-1, rank), mask
 
 
-class Mining:
+class HardNegatives:
     """What the samplers of both levels have in common: what is excluded, and how negatives are drawn.
 
     Args:
-        radius: mm around the anchor, in both views, that are excluded.
+        exclusion_radius: mm around the anchor, in both views, that are excluded.
         negatives: candidates by score, and how many are drawn of them.
         exclude: "inf": excluded cells, the positive and invalid cells are never drawn; "zero": excluded cells are
             scored 0, the others are as any cell.
@@ -79,14 +79,14 @@ class Mining:
         ValueError: an unknown ``exclude``, or numbers below 1.
     """
 
-    def __init__(self, radius: float, negatives: Sequence[int], exclude: str) -> None:
+    def __init__(self, exclusion_radius: float, negatives: Sequence[int], exclude: str) -> None:
         if exclude not in ("inf", "zero"):
             raise ValueError(f"exclude must be 'inf' or 'zero', got {exclude!r}")
         if len(negatives) != 2 or min(negatives) < 1:
             raise ValueError(f"negatives must be numbers of candidates and of those drawn, got {tuple(negatives)}")
-        self.radius, self.negatives, self.exclude = radius, tuple(negatives), exclude
+        self.exclusion_radius, self.negatives, self.exclude = exclusion_radius, tuple(negatives), exclude
 
-    def keys(self, keys: Tensor | None, like: Tensor, cells: int, generator: torch.Generator | None) -> Tensor:
+    def _keys(self, keys: Tensor | None, like: Tensor, cells: int, generator: torch.Generator | None) -> Tensor:
         """Keys (B, 2, A, candidates) for anchors `like` (B, 2, A) in maps of so many cells, drawn where None."""
         candidates = min(self.negatives[0], 2 * cells)
         if keys is None:
@@ -97,11 +97,11 @@ class Mining:
             )
         return keys
 
-    def pool(self, valid: Tensor) -> Tensor:
+    def _pool(self, valid: Tensor) -> Tensor:
         """Cells (B, 2, N) that may be drawn, of those that are valid."""
         return valid if self.exclude == "inf" else torch.ones_like(valid)
 
-    def draw(
+    def _hard_negatives(
         self, scores: Iterable[Scores], rows: Rows, size: Sequence[int], pool: Tensor, keys: Tensor, chunk_size: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Negatives of every anchor.
@@ -115,7 +115,7 @@ class Mining:
             chunk_size: anchors whose similarities are in memory at a time.
 
         Returns:
-            Cells of the pool (B, 2, A, K), whether they count, and whether they lie within the radius.
+            Cells of the pool (B, 2, A, K), whether they count, and whether they are excluded by the radius.
         """
         found = []
         for b, score_of in enumerate(scores):
@@ -123,7 +123,8 @@ class Mining:
             for start in range(0, len(own_keys), chunk_size):
                 part = slice(start, start + chunk_size)
                 score = score_of(part)
-                near = squared_distance(rows.place[b, part], size, rows.spacing[b]).flatten(1) < self.radius**2
+                distance = squared_distance(rows.place[b, part], size, rows.spacing[b]).flatten(1)  # mm², (rows, 2N)
+                near = distance < self.exclusion_radius**2
                 if self.exclude == "zero":
                     score.masked_fill_(near, 0.0)
                 else:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..transforms.view_geometry import transform_points, voxel_index
-from ._pair_mining import Mining, choose, choose_negatives
+from ._pair_mining import HardNegatives, choose, choose_negatives
 from ._pair_rows import Pairing, make_rows, pair_views, single_scores, summed_scores, within
 from ._precision import full_precision, no_autocast
 
@@ -66,7 +66,7 @@ def valid_cells(valid: Tensor, size: Sequence[int]) -> Tensor:
     return (2 * counts >= total).flatten(1).unflatten(0, (2, -1)).transpose(0, 1)
 
 
-class LocalPairSampler:
+class LocalPairSampler(HardNegatives):
     """Anchors where two views overlap, with the nearest cell of the other view as positive, and hard negatives.
 
     Source: SAM (arXiv 2012.02383) with the numbers of its released configs. The released sampler scores excluded
@@ -100,7 +100,7 @@ class LocalPairSampler:
         if positives not in ("nearest", "interpolated"):
             raise ValueError(f"positives must be 'nearest' or 'interpolated', got {positives!r}")
         self.num_anchors, self.positive_radius, self.positives = num_anchors, positive_radius, positives
-        self.mining = Mining(exclusion_radius, negatives, exclude)
+        super().__init__(exclusion_radius, negatives, exclude)
 
     @torch.no_grad()
     def __call__(
@@ -138,10 +138,10 @@ class LocalPairSampler:
                 anchor_keys = torch.rand(eligible.shape, generator=generator, device=device)
             anchors, anchor_mask = choose(eligible, self.num_anchors, anchor_keys)
             rows = make_rows(pairing, affines, size, anchors, alone)
-            pool = self.mining.pool(pairing.valid) & (first | ~alone[:, None, None])
-            keys = self.mining.keys(negative_keys, anchors, pool.shape[2], generator)
+            pool = self._pool(pairing.valid) & (first | ~alone[:, None, None])
+            keys = self._keys(negative_keys, anchors, pool.shape[2], generator)
             scores = (summed_scores(*parts) for parts in zip(fine, coarse, anchors))
-            negatives, negative_mask, _ = self.mining.draw(scores, rows, size, pool, keys, chunk_size)
+            negatives, negative_mask, _ = self._hard_negatives(scores, rows, size, pool, keys, chunk_size)
             positive_index = None
             if self.positives == "interpolated":
                 pick = anchors[..., None].expand(-1, -1, -1, len(size))
@@ -157,7 +157,7 @@ class LocalPairSampler:
         return inside & (pairing.distance < radius)
 
 
-class GlobalPairSampler:
+class GlobalPairSampler(HardNegatives):
     """All cells of a coarse map that have a near one in the other view, with hard and with random negatives.
 
     Source: SAM (arXiv 2012.02383) with the numbers of its released configs. Released: the gate is 8 mm from view 1 to
@@ -192,7 +192,7 @@ class GlobalPairSampler:
         if num_diverse < 0:
             raise ValueError(f"num_diverse must not be negative, got {num_diverse}")
         self.positive_radius, self.axial_gate, self.num_diverse = positive_radius, tuple(gates), num_diverse
-        self.mining = Mining(exclusion_radius, negatives, exclude)
+        super().__init__(exclusion_radius, negatives, exclude)
 
     @torch.no_grad()
     def __call__(
@@ -230,11 +230,11 @@ class GlobalPairSampler:
             anchor_mask = torch.where(alone[:, None, None], pairing.valid, qualified)
             anchors = torch.arange(qualified.shape[2], device=map.device).expand_as(qualified)
             rows = make_rows(pairing, affines, size, anchors, alone)
-            pool = self.mining.pool(pairing.valid)
-            keys = self.mining.keys(negative_keys, anchors, pool.shape[2], generator)
+            pool = self._pool(pairing.valid)
+            keys = self._keys(negative_keys, anchors, pool.shape[2], generator)
             scores = (single_scores(pair) for pair in views)
-            negatives, negative_mask, near = self.mining.draw(scores, rows, size, pool, keys, GLOBAL_CHUNK)
-            if self.mining.exclude == "zero":
+            negatives, negative_mask, near = self._hard_negatives(scores, rows, size, pool, keys, GLOBAL_CHUNK)
+            if self.exclude == "zero":
                 negatives = negatives.masked_fill(near, 2 * pool.shape[2])
             diverse = self._diverse(anchors, num_rows, rank, diverse_keys, generator)
         positives = rows.positives.unflatten(1, (2, -1))

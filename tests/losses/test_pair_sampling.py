@@ -72,8 +72,10 @@ def compare(found: dict[Pair, list[Anchor]], expected: dict[Pair, list[Anchor]],
 
 
 def masked(volumes: int, size: tuple[int, ...]) -> Tensor:
-    """Three quarters of the cells, (B, 2, N) bool."""
-    return random(volumes, 2, math.prod(size), seed=9) < 0.75
+    """Three quarters of the cells without the first of the first axis and the last of the last, (B, 2, N) bool."""
+    valid = (random(volumes, 2, math.prod(size), seed=9) < 0.75).unflatten(2, size)
+    valid[:, :, 0] = valid[..., -1] = False
+    return valid.flatten(2)
 
 
 # ---- choices ---------------------------------------------------------------------------------------------------------
@@ -311,6 +313,32 @@ def test_views_that_do_not_meet() -> None:
     assert coarse.anchor_mask.all()
     assert coarse.positives.flatten().tolist() == list(range(40))
     assert coarse.negatives[0, 0][coarse.negative_mask[0, 0]].max() >= 20
+
+
+def test_places_beyond_the_valid_cells_are_no_anchors() -> None:
+    """Half a cell beyond the centre of the outermost valid cell, which is the nearest all the same."""
+    size, mm = (1, 6), torch.diag(torch.tensor([4.0, 4.0, 1.0], dtype=torch.float64))
+    matrices = mm.repeat(1, 2, 1, 1)
+    matrices[0, 0, 1, 2] = -1.6  # cell j of view 1 lies at j - 0.4 of view 2
+    valid = torch.ones(1, 2, 6, dtype=torch.bool)
+    maps = [unit_maps(1, size), unit_maps(1, size)]
+    draw = lambda: LocalPairSampler(9, 3.0, 5.0, (9, 9))(maps, matrices, valid)
+    samples = draw()
+    assert sorted(samples.anchors[0, 0][samples.anchor_mask[0, 0]].tolist()) == [1, 2, 3, 4, 5]
+    valid[0, 1, 0] = valid[0, 1, -1] = False
+    samples = draw()
+    assert sorted(samples.anchors[0, 0][samples.anchor_mask[0, 0]].tolist()) == [2, 3, 4]
+
+
+def test_one_direction_may_have_no_anchors() -> None:
+    """View 2 is so small that it lies between the cells of view 1: anchors come from it alone."""
+    matrices = torch.diag(torch.tensor([4.0, 4.0, 1.0], dtype=torch.float64)).repeat(1, 2, 1, 1)
+    matrices[0, 1, :2, :2] *= 0.1
+    matrices[0, 1, :2, 2] = 5.0
+    samples = LocalPairSampler(30, 4.0, 0.01, (40, 40))([unit_maps(1, (4, 5))] * 2, matrices)
+    assert samples.anchor_mask.sum(-1).tolist() == [[0, 20]]
+    assert samples.positives[0, 1].max() < 20
+    assert samples.negatives[0, 1][samples.negative_mask[0, 1]].max() >= 20  # of both views
 
 
 def test_positions_far_from_the_origin_are_exact() -> None:
