@@ -121,12 +121,13 @@ def test_negatives_are_drawn_by_rank() -> None:
 
 def test_valid_cells() -> None:
     valid = torch.zeros(4, 1, 4, 6)
-    valid[0, 0, :2, :3] = torch.tensor([[0.6, 1, 0], [1, 0.5, 0.2]])  # 3 of 6: 0.5 itself does not count
-    valid[2, 0, 2:, 3:] = torch.tensor([[1.0, 1, 0], [0, 0, 0]])
+    valid[0, 0, :2, :3] = torch.tensor([[0.6, 1, 0], [1, 0.3, 0.2]])  # 3 of 6
+    valid[1, 0, 2:, :3] = 1
+    valid[2, 0, 2:, 3:] = torch.tensor([[1.0, 1, 0.5], [0, 0, 0]])  # 2 of 6: 0.5 itself does not count
     valid[3] = 1
     out = valid_cells(valid, (2, 2))
     assert out.dtype == torch.bool
-    assert out.tolist() == [[[True, False, False, False], [False] * 4], [[False] * 4, [True] * 4]]
+    assert out.tolist() == [[[True, False, False, False], [False] * 4], [[False, False, True, False], [True] * 4]]
     three = valid_cells(torch.ones(2, 1, 4, 6, 8), (2, 2, 8))
     assert three.shape == (1, 2, 32)
     assert three.all()
