@@ -20,7 +20,7 @@ _LONGEST = 1024  # voxels along the first axis of the image that shows how far a
 
 
 def network_maps(
-    network: nn.Module, image: Tensor, slab_size: int | None = None
+    network: nn.Module, image: Tensor, slab_size: int | None = None, halo: int | None = None
 ) -> tuple[list[Tensor], tuple[int, ...]]:
     """The maps of one image in eval mode, its last voxels repeated at the ends up to the network's total stride.
 
@@ -32,6 +32,7 @@ def network_maps(
         network: gives a list of maps (1, C, *size), finest first.
         image: (C, *size), plain tensor.
         slab_size: voxels along the first axis, a multiple of the total stride; None: all at once.
+        halo: of :func:`slab_halo`, where it is known.
 
     Returns:
         maps (C, *size) and the padded size that they cover.
@@ -53,7 +54,7 @@ def network_maps(
     if slab_size is None or padded[0] <= slab_size:
         maps = _run(network, batch)
     else:
-        maps = _slabs(network, batch, slab_size, slab_halo(network, image, stride))
+        maps = _slabs(network, batch, slab_size, slab_halo(network, image, stride) if halo is None else halo)
     if not _divide(maps, padded):
         raise ValueError(f"maps {[tuple(m.shape[1:]) for m in maps]} do not divide an image of {padded} voxels")
     return maps, padded
@@ -102,7 +103,7 @@ def slab_halo(network: nn.Module, image: Tensor, stride: Sequence[int]) -> int:
     while length <= max(_LONGEST, 32 * stride[0]):
         reach = 0
         for plane in range(length // 2, length // 2 + step):
-            probe = image.new_zeros(1, len(image), length, *(2 * s for s in stride[1:]))
+            probe = image.new_zeros(1, len(image), length, *stride[1:])
             probe[:, :, plane] = float("nan")
             reach = max(reach, *(_spoiled(m, length // m.shape[1], plane) for m in _run(network, probe)))
             if reach >= length // 2 - step:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .embedding_file import read_embedding, write_embedding
 from .image_embedding import ImageEmbedding, body_cells, from_ras, tensor_digest, to_ras
-from .network_maps import network_maps
+from .network_maps import network_maps, slab_halo, total_stride
 from .point_matching import match_points, similarity_map
 from .preprocessing import embedding_transform, image_name, load_image
 from .registration.points import foreground_mask
@@ -87,6 +87,7 @@ class PointMatcher:
         self.body_threshold = _BODY if body_threshold is None and transform is None else body_threshold
         self.chunk_size, self.slab_size = chunk_size, slab_size
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
+        self._halo: int | None = None
         self._recent: OrderedDict[str, ImageEmbedding] = OrderedDict()
 
     @property
@@ -222,8 +223,11 @@ class PointMatcher:
         return source, prepared
 
     def _embed(self, voxels: Tensor, affine: Tensor, name: str) -> ImageEmbedding:
+        image = voxels.to(self.device)
         try:
-            maps, padded = network_maps(self.network, voxels.to(self.device), self.slab_size)
+            if self._halo is None and self.slab_size is not None and image.ndim == 4:  # once: it takes some passes
+                self._halo = slab_halo(self.network, image, total_stride(self.network, image))
+            maps, padded = network_maps(self.network, image, self.slab_size, self._halo)
         except RuntimeError as error:
             if "channels" not in str(error):
                 raise
