@@ -84,6 +84,10 @@ class AnatomicalEmbeddingLoss(nn.Module):
     that of the joined batch of all processes, given the same samples. The terms of the last call stay in
     ``last_terms``, detached: (local, global).
 
+    Padding tells a network where in the view a cell is, and a view that nearly fills the volume so tells the place in
+    the body: volumes should be at least twice the view along each axis. Pairs that do not overlap are solved by any map
+    that tells cells apart, so losses compare only at equal shares of such pairs.
+
     Args:
         roi_size: voxels of a view, one number or one per axis.
         local_sampler: None for ``LocalPairSampler()``.
