@@ -90,14 +90,17 @@ def test_files_read_back(scans: Path, tmp_path: Path) -> None:
 
 def test_each_image_is_embedded_once(scans: Path, tmp_path: Path) -> None:
     points = matcher()
+    copy = tmp_path / "copy.nii"
+    copy.write_bytes((scans / "second.nii").read_bytes())
     chain = [pair(scans, id=str(k)) for k in range(3)]
-    chain[1]["source"], chain[1]["target"] = chain[1]["target"], chain[1]["source"]
+    chain[0]["target"] = str(copy)  # not needed again, unlike the other scan of its pair
+    chain[2]["source"], chain[2]["target"] = chain[2]["target"], chain[2]["source"]
     loads: list[Any] = []
     embedding, points.embedding = points.embedding, lambda image: loads.append(image) or embedding(image)  # type: ignore
-    track_lesions(points, chain, tmp_path)
-    assert sum(isinstance(image, str) for image in loads) == 2
-    assert points.network.calls == 2
-    assert len(list(tmp_path.glob("*.mrk.json"))) == 6
+    track_lesions(points, chain, tmp_path / "out")
+    assert sum(isinstance(image, str) for image in loads) == 3
+    assert points.network.calls == 2  # the copy is known by its content
+    assert len(list((tmp_path / "out").glob("*.mrk.json"))) == 6
 
 
 @pytest.mark.parametrize("space", ["RAS", "LPS", "voxel"])

@@ -67,6 +67,11 @@ def test_spaces_by_hand() -> None:
     again = torch.stack([1500 - k, 1.5 * i - 1490, 1520 - 3 * j], 1)
     torch.testing.assert_close(answers["RAS"], again, atol=1e-6, rtol=0)
     assert (answers["RAS"] - ras).norm(dim=1).max() < 1.5
+    precise = ras + 1e-5  # lost in float32, 1.5 m from the origin
+    assert torch.equal(
+        matcher.match(image, image, precise.tolist()).points, matcher.match(image, image, precise).points
+    )
+    assert not torch.equal(matcher.match(image, image, precise).points, answers["RAS"])
 
 
 def test_embedding_keeps_the_grid() -> None:
