@@ -93,7 +93,7 @@ def _match(args: argparse.Namespace) -> int:
     except (ValueError, OSError) as error:  # there is but one pair
         raise ValueError(str(error).removeprefix("pair match: ")) from error
     for row in rows:
-        print(_sentence(row))
+        print(_sentence(row, args))
     if not args.no_picture:
         files = _pictures(matcher, args, rows)
         print(f"pictures: {', '.join(map(str, files))}")
@@ -153,11 +153,19 @@ def _counted(number: int) -> list[str]:
     return [str(n) for n in range(1, number + 1)]
 
 
-def _sentence(row: dict[str, Any]) -> str:
+def _sentence(row: dict[str, Any], args: argparse.Namespace) -> str:
     ends = [", ".join(f"{row[f'{end}_{axis}']:.1f}" for axis in "xyz") for end in ("source", "target")]
     error = "" if row["cycle_error_mm"] is None else f", back within {row['cycle_error_mm']:.1f} mm"
-    verdict = "accepted" if row["accepted"] else "NOT accepted"
+    verdict = "accepted" if row["accepted"] else f"NOT accepted: {_reason(row, args)}"
     return f"{row['lesion']}: ({ends[0]}) -> ({ends[1]}) mm RAS, score {row['score']:.3f}{error}, {verdict}"
+
+
+def _reason(row: dict[str, Any], args: argparse.Namespace) -> str:
+    if args.min_score is not None and row["score"] < args.min_score:
+        return "score too low"
+    if args.max_cycle_mm is not None and row["cycle_error_mm"] > args.max_cycle_mm:
+        return "comes back too far away"
+    return "point or answer outside of the body"
 
 
 def _pictures(matcher: PointMatcher, args: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> list[Path]:
@@ -169,7 +177,7 @@ def _pictures(matcher: PointMatcher, args: argparse.Namespace, rows: Sequence[di
         heat = matcher.similarity_map(template, query, [known])
         names = [strip_suffix(Path(scan).name) for scan in (args.template, args.query)]
         file = Path(args.output_dir) / f"match_{number}.png"
-        title = f"{names[0]} -> {names[1]}\n{_sentence(row)}"
+        title = f"{names[0]} -> {names[1]}\n{_sentence(row, args)}"
         plot_match(scans[0], scans[1], known, found, heat, title, file)
         files.append(file)
     return files

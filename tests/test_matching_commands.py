@@ -111,6 +111,18 @@ def test_points_from_files_and_other_spaces(folder: Path, tmp_path: Path, capsys
     assert not list((tmp_path / "o").glob("*.png"))
 
 
+def test_reasons(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--no_picture", "--cache_dir", str(folder / "cache"), "--output_dir", str(tmp_path)]
+    heart = ",".join(map(str, landmark(folder, "a", "heart")))
+    for arguments, reason in (
+        (["--point", heart, "--min_score", "1"], "NOT accepted: score too low"),
+        (["--point", heart, "--max_cycle_mm", "0"], "NOT accepted: comes back too far away"),
+        (["--point", "-188,156,0"], "NOT accepted: point or answer outside of the body"),
+    ):
+        assert match(folder, *options, *arguments) == 0
+        assert capsys.readouterr().out.splitlines()[0].endswith(reason)
+
+
 def test_track(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = ["heart", "liver", "spine_T8"]
     entry = {"id": "p", "source": "a.nii.gz", "target": "b.nii.gz", "labels": names, "radius_mm": 15}
