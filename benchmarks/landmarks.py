@@ -3,10 +3,10 @@
 
     python -m benchmarks.landmarks benchmarks/studies/openkbp_landmarks.yaml --dataset_dir openkbp --output_dir OUT
 
-The network is trained on volumes that are not tested, without labels. A centre (centroid of a label) of each template is
-searched in all other test volumes; the error is the distance to the centroid there. Compared with: the same network with
-random weights; the same place relative to the box around the body; the place whose surroundings correlate best with those
-of the template point (normalised cross-correlation of patches). The same command goes on after an interruption.
+The network is trained on volumes that are not tested, without labels. A centre (centroid of a label) of each template
+is searched in all other test volumes; the error is the distance to the centroid there. Compared with: the same network
+with random weights; the same place relative to the box around the body; the place whose surroundings correlate best
+with those of the template point (normalised cross-correlation of patches). The same command goes on after a stop.
 """
 
 from __future__ import annotations
