@@ -11,13 +11,12 @@ from monai.utils import ensure_tuple_rep
 from torch import Tensor, nn
 
 from ..transforms.view_geometry import feature_affine
+from ._gathered_products import gathered_products
 from ._precision import full_precision, no_autocast
 from .gather import gather_rows
 from .pair_sampling import GlobalPairSampler, LocalPairSampler, PairSamples, valid_cells
 
 __all__ = ["AnatomicalEmbeddingLoss", "info_nce", "pair_contrast_loss"]
-
-DENSE = 8  # a product with every cell of the pool is as fast as fetching 1 / DENSE as many
 
 
 def info_nce(positive: Tensor, negatives: Tensor, temperature: float, mask: Tensor | None = None) -> Tensor:
@@ -192,12 +191,12 @@ def _volume_loss(views: Sequence[Tensor], samples: PairSamples, temperature: flo
     flat = [view.flatten(1).T for view in views]  # (N, C)
     cells = torch.cat([*flat, flat[0].new_zeros(1, flat[0].shape[1])])  # (2N + 1, C), the zero vector last
     view, num = torch.arange(2, device=cells.device)[:, None], len(flat[0])
-    query = cells.index_select(0, (samples.anchors + view * num).flatten())  # (2A, C)
-    key = cells.index_select(0, samples.positives.flatten())
+    ends = torch.stack([samples.anchors + view * num, samples.positives])  # (2, 2, A)
+    query, key = cells.index_select(0, ends.flatten()).chunk(2)  # (2A, C)
     if samples.positive_index is not None:
         there = torch.cat([_interpolated(v, i) for v, i in zip(views[::-1], samples.positive_index)])  # (2A, C)
         key = torch.where((samples.positives // num == view).flatten()[:, None], key, there)
-    negatives = _products(query, cells, samples.negatives.flatten(0, 1))  # (2A, K)
+    negatives = gathered_products(query, cells, samples.negatives.flatten(0, 1))  # (2A, K)
     mask = samples.negative_mask.flatten(0, 1)
     if samples.diverse is not None and diverse is not None:
         shared = diverse[samples.diverse]  # (2, R, C)
@@ -206,14 +205,6 @@ def _volume_loss(views: Sequence[Tensor], samples: PairSamples, temperature: flo
     rows = info_nce((query * key).sum(1), negatives, temperature, mask)
     counts = samples.anchor_mask.flatten()
     return torch.where(counts, rows, 0.0).sum() / counts.sum().clamp_min(1)
-
-
-def _products(query: Tensor, cells: Tensor, index: Tensor) -> Tensor:
-    """Inner products of queries (M, C) with cells[index], index (M, K)."""
-    if len(cells) <= DENSE * index.shape[1]:
-        return (query @ cells.T).gather(1, index)
-    chosen = cells.index_select(0, index.flatten()).view(*index.shape, -1)  # (M, K, C)
-    return (chosen @ query[..., None]).squeeze(-1)
 
 
 def _interpolated(view: Tensor, index: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from monai_ssl.losses import (
     GlobalPairSampler,
     LocalPairSampler,
     PairSamples,
+    _gathered_products,
     info_nce,
     pair_contrast_loss,
 )
@@ -214,6 +215,25 @@ def test_many_and_few_negatives() -> None:
         assert value.item() == pytest.approx(reference.item(), abs=1e-10)
         for mine, theirs in zip(torch.autograd.grad(value, maps), torch.autograd.grad(reference, maps)):
             torch.testing.assert_close(mine, theirs, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("block", [1, 50, 2**20])
+def test_products_with_named_rows(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In blocks of one query, of several with a rest, and in one; also when called under autocast."""
+    monkeypatch.setattr(_gathered_products, "BLOCK", block)
+    query, rows = random(7, 3).requires_grad_(), random(40, 3, seed=1).requires_grad_()
+    index = torch.randint(40, (7, 4), generator=torch.Generator().manual_seed(0))
+    products = _gathered_products.gathered_products(query, rows, index)
+    torch.testing.assert_close(products, (query[:, None] * rows[index]).sum(-1), atol=1e-12, rtol=0)
+    assert torch.autograd.gradcheck(lambda q, r: _gathered_products.gathered_products(q, r, index), (query, rows))
+    singles = [x.detach().float().requires_grad_() for x in (query, rows)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", enabled=False):
+            value = _gathered_products.gathered_products(*singles, index).square().sum()
+        value.backward()
+    products.square().sum().backward()
+    for single, exact in zip(singles, (query, rows)):
+        torch.testing.assert_close(single.grad.double(), exact.grad, atol=1e-4, rtol=1e-4)
 
 
 def test_volumes_without_anchors_count_zero() -> None:
