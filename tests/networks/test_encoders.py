@@ -248,7 +248,8 @@ def test_export_as_declared(case: Case) -> None:
     if case.export == "script":
         exported = torch.jit.script(encoder)
     else:
-        with pytest.raises(torch.jit.frontend.NotSupportedError):
+        # after a first failure in the same process torch says RuntimeError, that the method is there already
+        with pytest.raises((torch.jit.frontend.NotSupportedError, RuntimeError)):
             torch.jit.script(encoder)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # MONAI's shape arithmetic, constant for one input size
