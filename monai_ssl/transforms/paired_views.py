@@ -229,5 +229,5 @@ def _placed(source: NdarrayOrTensor, view: torch.Tensor, matrix: torch.Tensor) -
     if not isinstance(source, MetaTensor):
         return view
     rank = len(source.affine) - 1  # MONAI keeps a 4 x 4 affine for 2D images too
-    step = torch.as_tensor(to_affine_nd(rank, matrix)).to(source.affine)
-    return with_meta_of(source, view, source.affine @ step)
+    step = matrix if len(matrix) == rank + 1 else torch.as_tensor(to_affine_nd(rank, matrix))
+    return with_meta_of(source, view, source.affine @ step.to(source.affine))

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from monai_ssl.handlers import EmbeddingMonitor, MomentumUpdateHandler
 from monai_ssl.losses import LocalConsistencyLoss, NegativeCosineLoss
 from monai_ssl.metrics import effective_rank, matched_accuracy, matched_chance
-from monai_ssl.networks import EncoderFeatures, MomentumTeacher, PGLNet, ProjectionHead
+from monai_ssl.networks import EncoderFeatures, PGLNet
 from monai_ssl.transforms import RandPairedViews
 
 ROI, PAIRS = (64, 64), 16
@@ -72,7 +72,14 @@ class Result(NamedTuple):
     rank: float  # of the encoder's pooled features of the last batch, 32 views
 
 
-def train(net: PGLNet, source: Source, steps: int, momentum: float = 0.99, final: float | None = 1.0) -> Result:
+def train(
+    net: PGLNet,
+    source: Source,
+    steps: int,
+    momentum: float = 0.99,
+    final: float | None = 1.0,
+    min_std: float = 1e-4,
+) -> Result:
     """Means of the last 20 steps. A monitor watches the projector's output in local mode, else the encoder's."""
     transform = RandPairedViews(ROI).set_random_state(0)
     draw = np.random.RandomState(0)
@@ -94,7 +101,7 @@ def train(net: PGLNet, source: Source, steps: int, momentum: float = 0.99, final
 
     engine = Engine(step)
     watched = nn.Sequential(EncoderFeatures(net.encoder), net.projector) if net.mode == "local" else net.embed
-    for handler in (MomentumUpdateHandler(net, momentum, final), EmbeddingMonitor(watched, interval=15)):
+    for handler in (MomentumUpdateHandler(net, momentum, final), EmbeddingMonitor(watched, 15, min_std)):
         handler.attach(engine)
     engine.run(range(steps), max_epochs=1)
     with torch.no_grad():
@@ -132,17 +139,23 @@ def test_global_baseline_trains() -> None:
     assert result.rank > 1
 
 
-def test_collapse_is_noticed(caplog: pytest.LogCaptureFixture) -> None:
-    """The best of all losses, and an output that hardly differs from view to view.
+@pytest.mark.parametrize(
+    ("steps", "min_std"), [(30, 0.003), pytest.param(120, 1e-4, marks=pytest.mark.slow)], ids=["early", "default"]
+)
+@pytest.mark.parametrize("predictor", [True, False], ids=["predictor", "none"])
+def test_collapse_without_predictor_is_noticed(
+    predictor: bool, steps: int, min_std: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The predictor alone decides where the teacher is the student itself, as in SimSiam (arXiv 2011.10566).
 
-    Without predictor, slow teacher and BatchNorm; without the predictor alone the other two prevent it for hundreds of
-    steps.
+    Without it the best of all losses, and an output that hardly differs from view to view: std .0009 against .024 after
+    30 steps, .0003 and an effective rank of 1.9 (the monitor's default warns) against .047 and 5.6 after 120. Beside a
+    slow teacher the missing predictor had not shown after 120 steps.
     """
     net = network()
-    net.predictor = nn.Identity()
-    net.projector = ProjectionHead((128, 256, 64), norm=None, spatial_dims=2)
-    net.teacher_projector = MomentumTeacher(net.projector)
+    if not predictor:
+        net.predictor = nn.Identity()
     with caplog.at_level(logging.WARNING):
-        result = train(net, phantom, 30, momentum=0.0, final=None)
-    assert result.loss < 0.01
-    assert "The embeddings have collapsed at iteration" in caplog.text
+        result = train(net, phantom, steps, momentum=0.0, final=None, min_std=min_std)
+    assert ("The embeddings have collapsed at iteration" in caplog.text) is not predictor
+    assert (result.loss < 0.02) is not predictor
