@@ -40,19 +40,22 @@ def plain_tensor(
 class PrepareSliceBatch(PrepareBatch):
     """Hand all views of all slices to the engine as one batch, and their identities as the loss function's target.
 
-    Source: batches of arXiv 2006.10511, from `RandPartitionSlicesd`, ``SplitDimd`` and `RandViewsd`. The trainer takes
-    them with ``loss_function: "$lambda z, ids: @loss(z, **ids)"``.
+    Source: batches of arXiv 2006.10511, from `RandPartitionSlicesd` (`RandPartitionCropsd` for 3D crops), ``SplitDimd``
+    and `RandViewsd`. The trainer takes them with ``loss_function: "$lambda z, ids: @loss(z, **ids)"``.
 
     Args:
-        image_key: key of the slices, (N, V, C, *plane), or (N, C, *plane) for one view; the plane has two axes.
+        image_key: key of the slices, (N, V, C, *plane), or (N, C, *plane) for one view.
+        spatial_dims: axes of the plane: 2 for slices, 3 for crops.
 
     Returns of a call:
         Images (N * V, C, *plane), the views of one slice side by side, and a dictionary of (N * V,) int64: `source`,
         the identity of the slice (volume * 2^20 + slice_index), `partition`, `volume` and `view`, 0 to V - 1.
     """
 
-    def __init__(self, image_key: str = "image") -> None:
-        self.image_key = image_key
+    def __init__(self, image_key: str = "image", spatial_dims: int = 2) -> None:
+        if spatial_dims not in (2, 3):
+            raise ValueError(f"spatial_dims must be 2 or 3, got {spatial_dims}")
+        self.image_key, self.spatial_dims = image_key, spatial_dims
 
     def __call__(
         self,
@@ -64,9 +67,12 @@ class PrepareSliceBatch(PrepareBatch):
         """Raises ``KeyError`` when a key is absent, ``TypeError`` when a value is no tensor, ``ValueError`` when
         shapes do not fit."""
         image = plain_tensor(batchdata, self.image_key, device, non_blocking, **kwargs)
-        if image.ndim not in (4, 5):
-            raise ValueError(f"'{self.image_key}' {tuple(image.shape)} must be (N, V, C, *plane) or (N, C, *plane)")
-        image = image if image.ndim == 5 else image[:, None]
+        if image.ndim not in (2 + self.spatial_dims, 3 + self.spatial_dims):
+            raise ValueError(
+                f"'{self.image_key}' {tuple(image.shape)} must be (N, V, C, *plane) or (N, C, *plane) with "
+                f"{self.spatial_dims} axes of the plane (spatial_dims)"
+            )
+        image = image if image.ndim == 3 + self.spatial_dims else image[:, None]
         num, views = image.shape[:2]
         ids = {}
         for key in ("partition", "volume", "slice_index"):

@@ -42,6 +42,12 @@ from .paired_views import (
     view_iou,
     view_matrix,
 )
+from .partition_crops import (
+    RandPartitionCrops,
+    RandPartitionCropsD,
+    RandPartitionCropsd,
+    RandPartitionCropsDict,
+)
 from .partition_slices import (
     RandPartitionSlices,
     RandPartitionSlicesD,
@@ -98,6 +104,10 @@ __all__ = [
     "RandPairedViewsD",
     "RandPairedViewsDict",
     "RandPairedViewsd",
+    "RandPartitionCrops",
+    "RandPartitionCropsD",
+    "RandPartitionCropsDict",
+    "RandPartitionCropsd",
     "RandPartitionSlices",
     "RandPartitionSlicesD",
     "RandPartitionSlicesDict",

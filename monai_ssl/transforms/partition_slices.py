@@ -47,6 +47,21 @@ def partition_bounds(num_slices: int, num_partitions: int) -> list[int]:
     return [k * num_slices // num_partitions for k in range(num_partitions + 1)]
 
 
+def checked_axis(num_partitions: int, axis: int) -> int:
+    """The axis counted from the first, or a ValueError when it or the number of partitions is out of range."""
+    if num_partitions < 1:
+        raise ValueError(f"num_partitions must be at least 1, got {num_partitions}")
+    if not -3 <= axis < 3:
+        raise ValueError(f"axis must be one of three spatial axes, -3 to 2, got {axis}")
+    return axis % 3
+
+
+def described(img: NdarrayOrTensor, name: str) -> str:
+    """Key, shape and, where it is known, file of an image that is refused."""
+    file = img.meta.get("filename_or_obj") if isinstance(img, MetaTensor) else None
+    return f"'{name}' {tuple(img.shape)}" + (f" of {file}" if isinstance(file, str) else "")
+
+
 class RandPartitionSlices(OneDraw):
     """Divide a volume along one axis into partitions and take one random slice of each.
 
@@ -69,21 +84,17 @@ class RandPartitionSlices(OneDraw):
     drawn = ("index",)
 
     def __init__(self, num_partitions: int = 4, axis: int = -1) -> None:
-        if num_partitions < 1:
-            raise ValueError(f"num_partitions must be at least 1, got {num_partitions}")
-        if not -3 <= axis < 3:
-            raise ValueError(f"axis must be one of three spatial axes, -3 to 2, got {axis}")
-        self.num_partitions, self.axis = num_partitions, axis % 3
+        self.num_partitions, self.axis = num_partitions, checked_axis(num_partitions, axis)
         self.index: torch.Tensor | None = None
 
     def check(self, img: NdarrayOrTensor, name: str = "img") -> None:
         """Raise a ValueError when the image cannot be divided."""
         if img.ndim != 4:
-            raise ValueError(f"'{name}' {tuple(img.shape)} must be (C, *spatial) with three spatial axes")
+            raise ValueError(f"{described(img, name)} must be (C, *spatial) with three spatial axes")
         if img.shape[1 + self.axis] < self.num_partitions:
             raise ValueError(
-                f"'{name}' {tuple(img.shape)} has {img.shape[1 + self.axis]} slices along axis {self.axis}, fewer than "
-                f"{self.num_partitions} partitions"
+                f"{described(img, name)} has {img.shape[1 + self.axis]} slices along axis {self.axis}, fewer than "
+                f"{self.num_partitions} partitions: lower num_partitions, choose another axis, or leave it out"
             )
 
     def randomize(self, num_slices: int) -> None:

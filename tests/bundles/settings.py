@@ -133,6 +133,7 @@ SETTINGS = {
         variants={
             "decoder.yaml": ([], {"num_decoder_blocks": 2, "pretrained": ""}),
             "basic_unet.yaml": ([], {}),
+            "crops_3d.yaml": ([], {"plane_size": [32, 24], "thickness": 16, "slice_distance": -1.0}),
         },
     ),
     "sam_resnet18_ct": BundleSettings(

@@ -157,6 +157,24 @@ def test_one_view() -> None:
     assert ids["source"].tolist() == [4, 10 * 2**20 + 5, 20 * 2**20 + 6]
 
 
+def test_crops_with_three_axes() -> None:
+    given = {**batch(), "image": torch.arange(3 * 2 * 60.0).view(3, 2, 1, 3, 4, 5)}
+    prepare = PrepareSliceBatch(spatial_dims=3)
+    image, ids = prepare(given)
+    assert image.shape == (6, 1, 3, 4, 5)
+    assert torch.equal(image[3], given["image"][1, 1])
+    assert ids["view"].tolist() == [0, 1, 0, 1, 0, 1]
+    image, ids = prepare({**batch(), "image": given["image"][:, 0]})
+    assert image.shape == (3, 1, 3, 4, 5)
+    assert ids["view"].tolist() == [0, 0, 0]
+    with pytest.raises(ValueError, match=r"\(3, 2, 1, 3, 4, 5\) must be .* with 2 axes of the plane \(spatial_dims\)"):
+        PrepareSliceBatch()(given)
+    with pytest.raises(ValueError, match=r"\(3, 1, 4, 5\) must be .* with 3 axes of the plane \(spatial_dims\)"):
+        prepare(batch(None))
+    with pytest.raises(ValueError, match="spatial_dims must be 2 or 3, got 1"):
+        PrepareSliceBatch(spatial_dims=1)
+
+
 def test_arguments_of_to_are_for_the_image() -> None:
     image, ids = PrepareSliceBatch()(batch(), "cpu", dtype=torch.float64)
     assert image.dtype == torch.float64

@@ -153,6 +153,15 @@ CASES: dict[str, dict[int, Case]] = {
         3: paired_views_case((10, 14, 9), (5, 6, 7)),
         2: paired_views_case((13, 17), (5, 6)),
     },
+    "RandPartitionCrops": {
+        3: Case(
+            args={"roi_size": [3, 4, 2], "num_partitions": 3, "axis": 1},
+            spatial=(5, 14, 7),
+            plain=("_origin",),
+            labels=("partition", "slice_index"),
+            views=patch_views,
+        ),
+    },
     "RandPartitionSlices": {
         3: Case(args={"num_partitions": 3, "axis": 1}, spatial=(5, 10, 7), labels=("partition", "slice_index")),
     },
@@ -166,7 +175,7 @@ CASES: dict[str, dict[int, Case]] = {
 # always MetaTensors in and out, since writing an affine is all they do
 NEEDS_META = {"FeatureMapAffine"}
 # what takes volumes apart
-ONLY_3D = {"RandPartitionSlices"}
+ONLY_3D = {"RandPartitionCrops", "RandPartitionSlices"}
 
 PUBLIC = {n: o for n, o in vars(transforms).items() if n in transforms.__all__ and inspect.isclass(o)}
 CLASSES = {n: o for n, o in PUBLIC.items() if n == o.__name__}
