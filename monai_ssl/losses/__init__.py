@@ -27,6 +27,7 @@ from .region_contrastive import (
     region_starts,
     region_vectors,
 )
+from .registration import RegistrationLoss, embedding_loss, local_ncc_loss, ncc_loss, smoothness_loss
 from .slice_pairs import slice_pairs
 from .voco import VoCoLoss, base_similarity_loss, inter_volume_loss, overlap_logits, overlap_prediction_loss
 
@@ -42,18 +43,22 @@ __all__ = [
     "PairSamples",
     "PartitionContrastiveLoss",
     "RegionContrastiveLoss",
+    "RegistrationLoss",
     "VoCoLoss",
     "base_similarity_loss",
     "binary",
     "binary_scores",
     "choose",
     "choose_negatives",
+    "embedding_loss",
     "gather_with_grad",
     "info_nce",
     "infonce",
     "inter_volume_loss",
     "local_consistency",
+    "local_ncc_loss",
     "masked_info_nce",
+    "ncc_loss",
     "negative_cosine",
     "overlap_logits",
     "overlap_prediction_loss",
@@ -64,6 +69,7 @@ __all__ = [
     "region_starts",
     "region_vectors",
     "slice_pairs",
+    "smoothness_loss",
     "sum_exponent",
     "valid_cells",
 ]

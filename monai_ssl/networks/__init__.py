@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from .blocks import EncoderFeatures, ProjectionHead, align_overlap, overlap_theta
+from .blocks import EncoderFeatures, ProjectionHead, align_overlap, integrate_velocity, overlap_theta
+from .blocks.correlation_volume import correlation_volume  # not by `blocks`: there the name is that of the file
 from .checkpoint import LoadReport, load_pretrained, save_pretrained
 from .encoder_adapter import encoder_channels
 from .encoders import (
@@ -21,10 +22,12 @@ from .nets import (
     AnisotropicResNet,
     ContrastiveUNet,
     CPCNet,
+    EmbeddingRegistrationNet,
     MergedEmbeddingNet,
     MultiTaskNet,
     PatchClassifier,
     PGLNet,
+    RegistrationUNet,
     VoCoNet,
     cpc_indices,
 )
@@ -40,6 +43,7 @@ __all__ = [
     "CPCNet",
     "ContrastiveUNet",
     "DynUNetEncoder",
+    "EmbeddingRegistrationNet",
     "EncoderFeatures",
     "LoadReport",
     "MergedEmbeddingNet",
@@ -48,6 +52,7 @@ __all__ = [
     "PGLNet",
     "PatchClassifier",
     "ProjectionHead",
+    "RegistrationUNet",
     "ResNetPyramid",
     "SegResNetEncoder",
     "SwinUNETREncoder",
@@ -57,9 +62,11 @@ __all__ = [
     "ViTEncoder",
     "VoCoNet",
     "align_overlap",
+    "correlation_volume",
     "cpc_indices",
     "encoder_channels",
     "inflate_resnet18",
+    "integrate_velocity",
     "load_mmdet_checkpoint",
     "load_pretrained",
     "make_provenance",

@@ -155,6 +155,31 @@ def embedding_case(local: dict[str, Any], coarse: dict[str, Any], masked: bool =
     return Case(arguments, tensors, call)
 
 
+def registration_case(full: bool, **args: Any) -> Case:
+    """Velocities in 2D, or in 3D with all that a target can hold."""
+    size, other, nodes = ((5, 6, 7), (4, 5, 6), (2, 3, 2)) if full else ((7, 6), (7, 6), (7, 6))
+
+    def tensors(num: int, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+        generator = torch.Generator().manual_seed(0)
+        draw = lambda *shape: torch.randn(num, *shape, generator=generator, dtype=torch.float64).to(dtype)
+        others = [draw(1, *other), draw(1, *size)]
+        if full:
+            others += [
+                draw(3, *nodes) / 9,
+                draw(1, *size) > -1,
+                draw(1, *other) > -1,
+                draw(4, 2, 3, 3),
+                draw(4, 2, 3, 3),
+            ]
+        return draw(len(size), *size) / 3, others
+
+    def call(loss: nn.Module, velocity: Tensor, *others: Tensor) -> Tensor:
+        names = ("moving", "fixed", "initial", "mask", "moving_mask", "moving_map", "fixed_map")
+        return loss(velocity, dict(zip(names, others)))
+
+    return Case(args, tensors, call)
+
+
 CASES: dict[str, list[Case]] = {
     "AnatomicalEmbeddingLoss": [
         embedding_case({}, {}),
@@ -181,6 +206,12 @@ CASES: dict[str, list[Case]] = {
         slices_case(35, 8, mode="LD", matched_negatives=True),
         slices_case(17, 8, mode="LD", regions="published"),
         slices_case(2, 10, 11, mode="LD", region_size=2),
+    ],
+    "RegistrationLoss": [
+        registration_case(False),
+        registration_case(False, similarity="lncc", window=3, num_steps=0),
+        registration_case(True, similarity="lncc", window=5, embedding_weight=0.5),
+        registration_case(True, smoothness_weight=1.0, embedding_weight=0.5),
     ],
     "VoCoLoss": [voco_case(), voco_case(variant="v1"), voco_case(variant="cvpr"), voco_case(symmetric_reg=True)],
 }

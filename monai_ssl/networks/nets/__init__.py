@@ -7,9 +7,11 @@ from .anatomical_embedding_net import AnatomicalEmbeddingNet, MergedEmbeddingNet
 from .anisotropic_resnet import AnisotropicResNet
 from .contrastive_unet import ContrastiveUNet
 from .cpc_net import CPCNet, cpc_indices
+from .embedding_registration_net import EmbeddingRegistrationNet
 from .multi_task_net import MultiTaskNet
 from .patch_classifier import PatchClassifier
 from .pgl_net import PGLNet
+from .registration_unet import RegistrationUNet
 from .voco_net import VoCoNet
 
 __all__ = [
@@ -17,10 +19,12 @@ __all__ = [
     "AnisotropicResNet",
     "CPCNet",
     "ContrastiveUNet",
+    "EmbeddingRegistrationNet",
     "MergedEmbeddingNet",
     "MultiTaskNet",
     "PGLNet",
     "PatchClassifier",
+    "RegistrationUNet",
     "VoCoNet",
     "cpc_indices",
 ]
