@@ -95,14 +95,15 @@ class ContrastiveUNet(UNetFeatures):
 
     def _embed_regions(self, features: Tensor) -> Tensor:
         """Region vectors (N, R, D) of a decoder map (N, C, *size)."""
-        *layers, last = self.g2
-        for layer in layers:
-            features = layer(features)
+        convolution, norm, *rest = self.g2
+        features = norm(convolution(features))
         starts, axes = self._starts(tuple(features.shape[2:])), features.ndim - 2
         vectors = region_vectors(features, starts, self.region_size)  # (N, R, C * K^n)
-        # the last 1 x 1 convolution has no norm after it, so that it is needed at these places only
+        # what follows the norm treats cells one by one, so that it is needed at these places only
         patches = vectors.reshape(-1, features.shape[1], *[self.region_size] * axes)  # (N * R, C, K, ..)
-        return self.dense(last(patches).flatten(1)).unflatten(0, vectors.shape[:2])
+        for layer in rest:
+            patches = layer(patches)
+        return self.dense(patches.flatten(1)).unflatten(0, vectors.shape[:2])
 
     def train(self, mode: bool = True) -> ContrastiveUNet:
         """Training mode for all but a frozen encoder, whose statistics must not move (engines call this at every
