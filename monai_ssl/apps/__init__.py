@@ -19,15 +19,30 @@ from .point_matching import (
     stable_matches,
 )
 from .preprocessing import embedding_transform
-from .registration import foreground_mask, grid_points
+from .registration import (
+    Registration,
+    compose,
+    folding,
+    foreground_mask,
+    from_normalised,
+    grid_points,
+    jacobian_determinant,
+    to_ddf,
+    to_normalised,
+)
 
 __all__ = [
     "ImageEmbedding",
     "PointMatcher",
     "PointMatches",
+    "Registration",
+    "compose",
     "embedding_transform",
+    "folding",
     "foreground_mask",
+    "from_normalised",
     "grid_points",
+    "jacobian_determinant",
     "load_matcher",
     "map_norms",
     "match_points",
@@ -38,6 +53,8 @@ __all__ = [
     "similarity",
     "similarity_map",
     "stable_matches",
+    "to_ddf",
+    "to_normalised",
     "track_lesions",
     "tracking_summary",
     "write_markups",

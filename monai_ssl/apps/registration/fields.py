@@ -15,6 +15,7 @@ from torch import Tensor
 
 __all__ = [
     "compose",
+    "folding",
     "from_normalised",
     "identity_field",
     "jacobian_determinant",
@@ -117,6 +118,25 @@ def jacobian_determinant(ddf: Tensor) -> Tensor:
     gradient = torch.stack(torch.gradient(ddf, dim=list(range(2, n + 2))), -1)  # (B, n, *size, axis)
     matrix = gradient.movedim(1, -2) + torch.eye(n, dtype=ddf.dtype, device=ddf.device)
     return torch.linalg.det(matrix)
+
+
+def folding(ddf: Tensor) -> dict[str, float]:
+    """How much a field folds, and how unevenly it changes volumes.
+
+    Args:
+        ddf: displacement in voxels, (B, n, *size), see :func:`jacobian_determinant`.
+
+    Returns:
+        `folding_share`, the share of voxels whose determinant is not positive, and `sdlogj`, the standard deviation of
+        its logarithm over the other voxels (of the population; NaN where there are none).
+    """
+    determinant = jacobian_determinant(ddf).double()
+    positive = determinant[determinant > 0]
+    share = 1 - positive.numel() / determinant.numel()
+    return {
+        "folding_share": share,
+        "sdlogj": float(positive.log().std(correction=0)) if len(positive) else float("nan"),
+    }
 
 
 def _extent(like: Tensor, size: Sequence[int]) -> Tensor:
