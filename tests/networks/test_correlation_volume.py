@@ -42,7 +42,8 @@ def test_equals_loops(size: tuple[int, ...], radius: int, channels: int) -> None
     g = torch.Generator().manual_seed(0)
     source, target = torch.randn(2, 2, channels, *size, generator=g, dtype=torch.float64)
     source[0, :, 1, 1] *= 3e-5  # vectors near the floor
-    target[1, :, 0, 0] = 0
+    target[1, :, 0, 0] *= 3e-5
+    target[1, :, 1, 0] = 0
     before = source.clone(), target.clone()
     volume = correlation_volume(source, target, radius)
     torch.testing.assert_close(volume, reference(source, target, radius), atol=1e-12, rtol=0)

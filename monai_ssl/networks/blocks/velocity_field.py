@@ -25,13 +25,13 @@ def integrate_velocity(velocity: Tensor, num_steps: int = 7) -> Tensor:
     Returns:
         displacement in voxels, (B, n, *size), float32 also under autocast, or float64.
     """
-    with torch.autocast(velocity.device.type, enabled=False), warnings.catch_warnings():
-        velocity = velocity if velocity.dtype == torch.float64 else velocity.float()
-        if num_steps == 0:
-            return velocity
+    velocity = velocity if velocity.dtype == torch.float64 else velocity.float()
+    if num_steps == 0:
+        return velocity
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*native grid_sample")  # it works without the compiled extension
         layer = DVF2DDF(num_steps, "bilinear", "zeros")
-        axes = [torch.arange(length, dtype=velocity.dtype, device=velocity.device) for length in velocity.shape[2:]]
-        voxels = torch.stack(torch.meshgrid(*axes, indexing="ij"))[None]
-        layer.warp_layer.get_reference_grid = lambda ddf, jitter=False, seed=0: voxels
-        return layer(velocity)
+    axes = [torch.arange(length, dtype=velocity.dtype, device=velocity.device) for length in velocity.shape[2:]]
+    voxels = torch.stack(torch.meshgrid(*axes, indexing="ij"))[None]
+    layer.warp_layer.get_reference_grid = lambda ddf, jitter=False, seed=0: voxels
+    return layer(velocity)
