@@ -97,12 +97,12 @@ def materialised(maps: list[Tensor], affine: Tensor) -> Tensor:
 class Setup:
     """Maps of unit vectors and the alternatives."""
 
-    def __init__(self, volumes: int = VOLUMES) -> None:
+    def __init__(self, volumes: int = VOLUMES, chunk_size: int = 128) -> None:
         generator = torch.Generator().manual_seed(0)
         draw = lambda size: F.normalize(torch.randn(2 * volumes, WIDTH, *size, generator=generator), dim=1).to(DEVICE)
         self.maps = [draw(FINE).requires_grad_(), draw(COARSE).requires_grad_()]
         self.affine = matrices(volumes)
-        self.loss = AnatomicalEmbeddingLoss(ROI)
+        self.loss = AnatomicalEmbeddingLoss(ROI, chunk_size=chunk_size)
         self.network: AnatomicalEmbeddingNet | None = None
 
     def wait(self) -> None:
@@ -142,14 +142,21 @@ def peak() -> float:
     return int(found.group(1)) / 2**10 if found else float("nan")
 
 
-def extra_mebibytes(alternative: str) -> float:
+def extra_mebibytes(alternative: str, volumes: int = VOLUMES, chunk_size: int = 128) -> float:
     """Peak memory of a fresh process beyond that of the maps; the backward pass' gradients of them are part of it."""
     code = (
         "import torch\nfrom benchmarks.anatomical_embedding import Setup, peak\n"
-        f"torch.set_num_threads(1)\ns = Setup()\nbefore = peak()\ns.{alternative}()\nprint(peak() - before)"
+        f"torch.set_num_threads(1)\ns = Setup({volumes}, {chunk_size})\nbefore = peak()\n"
+        f"s.{alternative}()\nprint(peak() - before)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return float(result.stdout.split()[-1])
+
+
+def bound_mebibytes(volumes: int, chunk_size: int) -> float:
+    """Four numbers for each cell of both views and anchor of a block, and twice the vectors of all negatives."""
+    cells, anchors, negatives = 16 * 48 * 48, 100, 500
+    return (chunk_size * 2 * cells * 4 * 4 + 2 * volumes * 2 * anchors * negatives * WIDTH * 4) / 2**20
 
 
 def main() -> None:
@@ -166,6 +173,11 @@ def main() -> None:
     print(
         f"extra peak memory {ours:.0f} MiB to {straightforward:.0f} MiB: {ours / straightforward:.2f}  (at most 0.33)"
     )
+    for volumes, chunk_size in ((1, 7), (2, 7), (2, 1000)):
+        print(
+            f"{volumes} volume(s), chunk_size {chunk_size}: {extra_mebibytes('ours', volumes, chunk_size):.0f} MiB  "
+            f"(at most {bound_mebibytes(volumes, min(chunk_size, 200)):.0f})"
+        )
     torch.set_num_threads(1)  # two threads on a busy machine wait for each other
     alone = Setup(1)
     seconds = interleaved({"loss": alone.ours, "network": alone.bare}, repeats=3)

@@ -122,9 +122,7 @@ class HardNegatives:
             forbidden, own_keys = ~pool[b].flatten(), keys[b].flatten(0, 1)
             for start in range(0, len(own_keys), chunk_size):
                 part = slice(start, start + chunk_size)
-                score = score_of(part)
-                distance = squared_distance(rows.place[b, part], size, rows.spacing[b]).flatten(1)  # mm², (rows, 2N)
-                near = distance < self.exclusion_radius**2
+                score, near = score_of(part), self._near(rows, b, part, size)
                 if self.exclude == "zero":
                     score.masked_fill_(near, 0.0)
                 else:
@@ -133,3 +131,8 @@ class HardNegatives:
                 found.append((index, mask, near.gather(1, index)))
         index, mask, near = (torch.cat(parts).view(*keys.shape[:3], -1) for parts in zip(*found))
         return index, mask, near
+
+    def _near(self, rows: Rows, volume: int, part: slice, size: Sequence[int]) -> Tensor:
+        """Cells of both views within the radius of anchors, (rows, 2N) bool."""
+        squares = squared_distance(rows.place[volume, part], size, rows.spacing[volume])  # mm², (rows, 2, N)
+        return (squares < self.exclusion_radius**2).flatten(1)

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from monai.utils import ensure_tuple_rep
 from torch import Tensor, nn
 
-from ..transforms.view_geometry import feature_affine
-from ._gathered_products import gathered_products
+from ..transforms.view_geometry import feature_affine, vector_like
+from ._pair_products import vectors_and_products
 from ._precision import full_precision, no_autocast
 from .gather import gather_rows
 from .pair_sampling import GlobalPairSampler, LocalPairSampler, PairSamples, valid_cells
@@ -65,13 +65,23 @@ def pair_contrast_loss(
     if len(embedding) != 2 * volumes:
         raise ValueError(f"embedding {tuple(embedding.shape)} must have two rows for each of {volumes} volumes")
     with no_autocast(embedding):
-        views = full_precision(embedding).unbind(0)  # one backward for all, where indexing would fill zeros in for each
-        others = full_precision(embedding if joined is None else joined)
-        diverse = None if samples.diverse is None else others.flatten(2).transpose(1, 2).flatten(0, 1)  # (rows N, C)
-        parts = [PairSamples(*(None if x is None else x[b] for x in samples)) for b in range(volumes)]
-        return torch.stack(
-            [_volume_loss(views[b::volumes], part, temperature, diverse) for b, part in enumerate(parts)]
-        ).mean()
+        maps = full_precision(embedding)
+        view, cells = torch.arange(2, device=maps.device)[:, None], maps[0, 0].numel()
+        ends = torch.cat([samples.anchors + view * cells, samples.positives], 1).flatten(1)  # (B, 4A)
+        picked, negatives = vectors_and_products(maps.flatten(2), ends, samples.negatives.flatten(1, 2))
+        query, key = picked.chunk(2, 1)  # (B, 2A, C)
+        if samples.positive_index is not None:
+            own = (samples.positives // cells == view).flatten(1)
+            key = torch.where(own[..., None], key, _interpolated(maps, samples.positive_index))
+        mask = samples.negative_mask.flatten(1, 2)
+        if samples.diverse is not None:
+            others = maps if joined is None else full_precision(joined)
+            shared = others.flatten(2).transpose(1, 2).flatten(0, 1)[samples.diverse]  # (B, 2, R, C)
+            more = (query.unflatten(1, (2, -1)) @ shared.mT).flatten(1, 2)  # (B, 2A, R)
+            negatives, mask = torch.cat([negatives, more], 2), F.pad(mask, (0, more.shape[2]), value=True)
+        rows = info_nce((query * key).sum(2), negatives, temperature, mask)  # (B, 2A)
+        counts = samples.anchor_mask.flatten(1)
+        return (torch.where(counts, rows, 0.0).sum(1) / counts.sum(1).clamp_min(1)).mean()
 
 
 class AnatomicalEmbeddingLoss(nn.Module):
@@ -186,32 +196,17 @@ class AnatomicalEmbeddingLoss(nn.Module):
         return affine.double(), valid
 
 
-def _volume_loss(views: Sequence[Tensor], samples: PairSamples, temperature: float, diverse: Tensor | None) -> Tensor:
-    """The mean over the anchors of one volume; views two of (C, *s), samples without their axis B."""
-    flat = [view.flatten(1).T for view in views]  # (N, C)
-    cells = torch.cat([*flat, flat[0].new_zeros(1, flat[0].shape[1])])  # (2N + 1, C), the zero vector last
-    view, num = torch.arange(2, device=cells.device)[:, None], len(flat[0])
-    ends = torch.stack([samples.anchors + view * num, samples.positives])  # (2, 2, A)
-    query, key = cells.index_select(0, ends.flatten()).chunk(2)  # (2A, C)
-    if samples.positive_index is not None:
-        there = torch.cat([_interpolated(v, i) for v, i in zip(views[::-1], samples.positive_index)])  # (2A, C)
-        key = torch.where((samples.positives // num == view).flatten()[:, None], key, there)
-    negatives = gathered_products(query, cells, samples.negatives.flatten(0, 1))  # (2A, K)
-    mask = samples.negative_mask.flatten(0, 1)
-    if samples.diverse is not None and diverse is not None:
-        shared = diverse[samples.diverse]  # (2, R, C)
-        more = (query.unflatten(0, (2, -1)) @ shared.transpose(1, 2)).flatten(0, 1)  # (2A, R)
-        negatives, mask = torch.cat([negatives, more], 1), F.pad(mask, (0, more.shape[1]), value=True)
-    rows = info_nce((query * key).sum(1), negatives, temperature, mask)
-    counts = samples.anchor_mask.flatten()
-    return torch.where(counts, rows, 0.0).sum() / counts.sum().clamp_min(1)
+def _interpolated(maps: Tensor, index: Tensor) -> Tensor:
+    """Unit vectors (B, 2A, C) of the other view's map, of (2B, C, *s), at continuous indices (B, 2, A, n) in it.
 
-
-def _interpolated(view: Tensor, index: Tensor) -> Tensor:
-    """Unit vectors (A, C) of a map (C, *s) at continuous indices (A, n); beyond the border it is repeated."""
-    axes = view.ndim - 1
-    size = torch.stack([index.new_full((), length) for length in view.shape[1:]])
-    grid = ((2 * index + 1) / size - 1).flip(-1).to(view.dtype)  # x, y, z, as grid_sample wants them
-    grid = grid.view(1, -1, *[1] * (axes - 1), axes)
-    sampled = F.grid_sample(view[None], grid, padding_mode="border", align_corners=False)  # (1, C, A, 1, ..)
-    return F.normalize(sampled.flatten(1).view(len(view), -1).T, dim=1)
+    Beyond the border the map is repeated.
+    """
+    axes = maps.ndim - 2
+    size = vector_like(index, maps.shape[2:])
+    grids = ((2 * index + 1) / size - 1).flip(-1).to(maps.dtype)  # x, y, z, as grid_sample wants them
+    vectors = []
+    for others, grid in zip(maps.chunk(2)[::-1], grids.unbind(1)):
+        grid = grid.view(len(others), -1, *[1] * (axes - 1), axes)
+        sampled = F.grid_sample(others, grid, padding_mode="border", align_corners=False)  # (B, C, A, 1, ..)
+        vectors.append(sampled.flatten(2).transpose(1, 2))
+    return F.normalize(torch.cat(vectors, 1), dim=2)

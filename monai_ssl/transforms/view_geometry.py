@@ -14,8 +14,22 @@ __all__ = [
     "spacing_of",
     "squared_distance",
     "transform_points",
+    "vector_like",
     "voxel_index",
 ]
+
+
+def vector_like(like: torch.Tensor, values: Sequence[float]) -> torch.Tensor:
+    """Few numbers with the type and on the device of a tensor, without a copy from the host that a GPU would wait for.
+
+    Args:
+        like: any shape.
+        values: n numbers.
+
+    Returns:
+        (n,).
+    """
+    return torch.stack([like.new_full((), value) for value in values])
 
 
 def voxel_index(size: Sequence[int], device: torch.device | str | None = None) -> torch.Tensor:
@@ -79,8 +93,8 @@ def feature_affine(view_affine: torch.Tensor, view_size: Sequence[int], feature_
     if len(view) != len(cells) or any(f < 1 or v % f for v, f in zip(view, cells)):
         raise ValueError(f"a view of {view} voxels does not divide into a map of {cells} cells")
     stride = [v // f for v, f in zip(view, cells)]
-    step = torch.diag(view_affine.new_tensor([*stride, 1]))
-    step[:-1, -1] = view_affine.new_tensor([(s - 1) / 2 for s in stride])
+    step = torch.diag(vector_like(view_affine, [*stride, 1]))
+    step[:-1, -1] = vector_like(view_affine, [(s - 1) / 2 for s in stride])
     return view_affine @ step
 
 
@@ -104,12 +118,11 @@ def nearest_correspondence(
     other = affines.flip(1)
     # inv and solve would wait for the device to look for errors
     index = transform_points(torch.linalg.inv_ex(other).inverse @ affines, voxel_index(size, affines.device))
-    last = torch.tensor([length - 1 for length in size], dtype=index.dtype, device=index.device)
-    nearest = torch.minimum(index.round().clamp_min(0), last)
+    nearest = torch.minimum(index.round().clamp_min(0), vector_like(index, [length - 1 for length in size]))
     distance = ((index - nearest) * spacing_of(other)[..., None, :]).square().sum(-1).sqrt()
-    strides = [prod(size[axis + 1 :]) for axis in range(len(size))]
-    number = sum(nearest[..., axis].long() * stride for axis, stride in enumerate(strides))
-    return index, torch.as_tensor(number), distance
+    cells = nearest.long()
+    number = (cells * vector_like(cells, [prod(size[axis + 1 :]) for axis in range(len(size))])).sum(-1)
+    return index, number, distance
 
 
 def squared_distance(index: torch.Tensor, size: Sequence[int], spacing: torch.Tensor) -> torch.Tensor:

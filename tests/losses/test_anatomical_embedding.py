@@ -15,7 +15,7 @@ from monai_ssl.losses import (
     GlobalPairSampler,
     LocalPairSampler,
     PairSamples,
-    _gathered_products,
+    _pair_products,
     info_nce,
     pair_contrast_loss,
 )
@@ -218,22 +218,32 @@ def test_many_and_few_negatives() -> None:
 
 
 @pytest.mark.parametrize("block", [1, 50, 2**20])
-def test_products_with_named_rows(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vectors_and_products(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In blocks of one query, of several with a rest, and in one; also when called under autocast."""
-    monkeypatch.setattr(_gathered_products, "BLOCK", block)
-    query, rows = random(7, 3).requires_grad_(), random(40, 3, seed=1).requires_grad_()
-    index = torch.randint(40, (7, 4), generator=torch.Generator().manual_seed(0))
-    products = _gathered_products.gathered_products(query, rows, index)
-    torch.testing.assert_close(products, (query[:, None] * rows[index]).sum(-1), atol=1e-12, rtol=0)
-    assert torch.autograd.gradcheck(lambda q, r: _gathered_products.gathered_products(q, r, index), (query, rows))
-    singles = [x.detach().float().requires_grad_() for x in (query, rows)]
+    monkeypatch.setattr(_pair_products, "BLOCK", block)
+    maps = random(4, 3, 20).requires_grad_()  # two volumes
+    draw = lambda *shape: torch.randint(41, shape, generator=torch.Generator().manual_seed(0))
+    picks, index = draw(2, 9), draw(2, 7, 4)
+    picks[0, 0] = index[1, 0, 0] = 40  # the zero vector
+    assert _pair_products.DENSE * 4 < 2 * 20
+
+    def slow(maps: Tensor) -> tuple[Tensor, Tensor]:
+        pools = [torch.cat([maps[b].T, maps[2 + b].T, torch.zeros(1, 3, dtype=maps.dtype)]) for b in (0, 1)]
+        picked = torch.stack([pool[p] for pool, p in zip(pools, picks)])
+        named = torch.stack([pool[i] for pool, i in zip(pools, index)])  # (2, 7, 4, 3)
+        return picked, (picked[:, :7, None] * named).sum(-1)
+
+    function = lambda maps: _pair_products.vectors_and_products(maps, picks, index)
+    for mine, theirs in zip(function(maps), slow(maps)):
+        torch.testing.assert_close(mine, theirs, atol=1e-12, rtol=0)
+    assert torch.autograd.gradcheck(function, maps)
+    single = maps.detach().float().requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         with torch.autocast("cpu", enabled=False):
-            value = _gathered_products.gathered_products(*singles, index).square().sum()
+            value = sum(x.square().sum() for x in function(single))
         value.backward()
-    products.square().sum().backward()
-    for single, exact in zip(singles, (query, rows)):
-        torch.testing.assert_close(single.grad.double(), exact.grad, atol=1e-4, rtol=1e-4)
+    sum(x.square().sum() for x in slow(maps)).backward()
+    torch.testing.assert_close(single.grad.double(), maps.grad, atol=1e-4, rtol=1e-4)
 
 
 def test_volumes_without_anchors_count_zero() -> None:
@@ -383,19 +393,6 @@ def test_descends() -> None:
         optimizer.step()
         values.append(value.item())
     assert values[-1] < values[0] - 0.5
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_nothing_waits_for_the_device() -> None:
-    maps, affine = inputs(2)
-    maps = [m.detach().float().cuda().requires_grad_() for m in maps]
-    target = {"view_affine": affine.cuda(), "valid": torch.ones(4, 1, 10, 12, 14, device="cuda")}
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        AnatomicalEmbeddingLoss((10, 12, 14))(maps, target).backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 # ---- refused ---------------------------------------------------------------------------------------------------------

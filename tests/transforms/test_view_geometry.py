@@ -19,6 +19,7 @@ from monai_ssl.transforms import (
     view_matrix,
     voxel_index,
 )
+from monai_ssl.transforms.view_geometry import vector_like
 
 
 def turn(angle: float, ndim: int) -> torch.Tensor:
@@ -46,6 +47,13 @@ def test_voxel_index(size: tuple[int, ...]) -> None:
     index = voxel_index(size)
     assert index.dtype == torch.int64
     assert index.tolist() == [list(i) for i in np.ndindex(*size)]
+
+
+def test_vector_like() -> None:
+    out = vector_like(torch.zeros(2, 3, dtype=torch.float64), [1.5, -2])
+    assert out.dtype == torch.float64
+    assert out.tolist() == [1.5, -2]
+    assert vector_like(torch.zeros(1, dtype=torch.int64), (6, 1)).dtype == torch.int64
 
 
 def test_transform_points() -> None:
