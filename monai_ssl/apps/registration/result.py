@@ -18,6 +18,7 @@ from torch import Tensor
 from monai_ssl.transforms.view_geometry import transform_points
 
 from ..preprocessing import load_image
+from .displacements import compose_displacement, invert_displacement, point_mapping, steps_on_grid
 from .fields import compose, from_normalised, jacobian_determinant, to_ddf, to_normalised
 from .transform_files import (
     FORMATS,
@@ -28,7 +29,7 @@ from .transform_files import (
     write_image,
     written_files,
 )
-from .voxel_sampling import compose_displacement, fill_voxels, invert_displacement, sample_voxels
+from .voxel_sampling import resample
 
 __all__ = ["Registration", "compose", "from_normalised", "jacobian_determinant", "to_ddf", "to_normalised"]
 
@@ -69,26 +70,20 @@ class Registration:
         size, n = tuple(int(length) for length in self.grid_size), len(self.grid_size)
         if n not in (2, 3) or min(size) < 1:
             raise ValueError(f"grid_size must be 2 or 3 positive numbers of nodes, got {self.grid_size}")
-        plain: dict[str, Any] = {"grid_size": size}
+        object.__setattr__(self, "grid_size", size)
         for name in ("affine", "grid_affine", "points", "scores", "displacement"):
-            value = getattr(self, name)
-            if value is not None:
+            if getattr(self, name) is not None:
+                value = torch.as_tensor(getattr(self, name)).detach().as_subclass(Tensor)
                 single = name in ("displacement", "scores") and value.dtype != torch.float64
-                plain[name] = value.detach().as_subclass(Tensor).to(torch.float32 if single else torch.float64)
-        for name in ("affine", "grid_affine"):
-            _check_affine(name, plain[name], n)
-        if self.displacement is not None:
-            if tuple(self.displacement.shape) != (n, *size):
-                raise ValueError(f"displacement must be {(n, *size)}, RAS mm, got {tuple(self.displacement.shape)}")
-            if not plain["displacement"].isfinite().all():
-                raise ValueError("displacement has values that are not finite")
-        number = len(self.points)
-        if tuple(self.points.shape) != (number, 2, n) or tuple(self.scores.shape) != (number,):
-            raise ValueError(
-                f"points must be (P, 2, {n}), scores (P,), got {tuple(self.points.shape)}, {tuple(self.scores.shape)}"
-            )
-        for name, value in plain.items():
-            object.__setattr__(self, name, value)
+                object.__setattr__(self, name, value.to(torch.float32 if single else torch.float64))
+        _check_affine("affine", self.affine, n)
+        _check_affine("grid_affine", self.grid_affine, n)
+        d, shape = self.displacement, (n, *size)
+        if d is not None and (tuple(d.shape) != shape or not d.isfinite().all()):
+            raise ValueError(f"displacement must be {shape}, RAS mm, and finite, got {tuple(d.shape)}")
+        if self.points.shape[1:] != (2, n) or self.scores.shape != self.points.shape[:1]:
+            found = tuple(self.points.shape), tuple(self.scores.shape)
+            raise ValueError(f"points must be (P, 2, {n}), fixed and moving, and scores (P,), got {found}")
 
     def map_points(self, points: Tensor | Sequence[Sequence[float]]) -> Tensor:
         """Where points of the fixed image lie in the moving one.
@@ -158,7 +153,7 @@ class Registration:
             T(x) - x in voxels of the grid, (1, n, *size) float32.
         """
         matrix, size = self._grid(None if like is None else load_image(like, len(self.grid_size)))
-        return self._moved(matrix, size, torch.linalg.inv(matrix[:-1, :-1]))[None]
+        return self._steps(matrix, size, torch.linalg.inv(matrix[:-1, :-1]))[None]
 
     def warp(self, moving: Any, like: Any = None, mode: str = "bilinear", padding_mode: str = "border") -> MetaTensor:
         """The moving image on the fixed grid, interpolated once, from its own resolution.
@@ -186,23 +181,14 @@ class Registration:
             )
         n = len(self.grid_size)
         image, target = load_image(moving, n), None if like is None else load_image(like, n)
-        matrix, size = self._grid(target)
-        values = image.as_tensor()
-        source = values if mode == "nearest" else values.double()
-        if padding_mode == "background":
-            lowest = values.flatten(1).amin(1).view(-1, *[1] * n)
-            source = source - lowest
+        values, (matrix, size) = image.as_tensor(), self._grid(target)
         matrix, to_moving = matrix.to(values.device), torch.linalg.inv(_affine_of(image, n)).to(values.device)
-        mapped, padding = self._mapping(values.device), "border" if padding_mode == "border" else "zeros"
+        mapped = self._mapping(values.device)
 
-        def sampled(index: Tensor) -> Tensor:
-            places = transform_points(to_moving, mapped(transform_points(matrix, index)))
-            return sample_voxels(source, places, mode, padding)
+        def places(index: Tensor) -> Tensor:
+            return transform_points(to_moving, mapped(transform_points(matrix, index)))
 
-        dtype = values.dtype if mode == "nearest" else torch.float32
-        out = fill_voxels(torch.empty(len(values), *size, dtype=dtype, device=values.device), sampled)
-        if padding_mode == "background":
-            out += lowest.to(dtype)
+        out = resample(values, size, places, mode, padding_mode)
         return MetaTensor(out, affine=self.grid_affine if target is None else target.affine)
 
     def save(
@@ -246,7 +232,7 @@ class Registration:
             if "h5" in files:
                 write_composite(files["h5"], self.affine, self.displacement, self.grid_affine)
             if "nifti" in files:
-                total = self._moved(self.grid_affine, self.grid_size, torch.eye(3, dtype=torch.float64))
+                total = self._steps(self.grid_affine, self.grid_size, torch.eye(3, dtype=torch.float64))
                 write_displacement(files["nifti"], total, self.grid_affine)
             if "warped" in files:
                 write_image(files["warped"], self.warp(moving, like))
@@ -260,26 +246,12 @@ class Registration:
 
     def _mapping(self, device: torch.device) -> Callable[[Tensor], Tensor]:
         """T, of points (P, n) float64 on a device."""
-        affine, voxels = self.affine.to(device), torch.linalg.inv(self.grid_affine).to(device)
-        field = None if self.displacement is None else self.displacement.to(device).double()
+        return point_mapping(self.affine, self.displacement, self.grid_affine, device)
 
-        def mapped(points: Tensor) -> Tensor:
-            if field is not None:
-                points = points + sample_voxels(field, transform_points(voxels, points), padding_mode="zeros").T
-            return transform_points(affine, points)
-
-        return mapped
-
-    def _moved(self, matrix: Tensor, size: tuple[int, ...], linear: Tensor) -> Tensor:
+    def _steps(self, matrix: Tensor, size: tuple[int, ...], linear: Tensor) -> Tensor:
         """linear (T(x) - x) for x on a grid, (n, *size) float32."""
         device = self.affine.device if self.displacement is None else self.displacement.device
-        matrix, linear, mapped = matrix.to(device), linear.to(device), self._mapping(device)
-
-        def moved(index: Tensor) -> Tensor:
-            world = transform_points(matrix, index)
-            return linear @ (mapped(world) - world).T
-
-        return fill_voxels(torch.empty(len(size), *size, device=device), moved)
+        return steps_on_grid(self._mapping(device), matrix, size, linear, device)
 
 
 def _affine_of(image: MetaTensor, n: int) -> Tensor:

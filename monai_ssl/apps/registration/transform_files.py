@@ -14,7 +14,8 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import torch
-from monai.data import MetaTensor, NibabelWriter
+from monai.data import MetaTensor
+from monai.data.utils import to_affine_nd
 from monai.utils import optional_import
 from torch import Tensor
 
@@ -144,13 +145,8 @@ def write_displacement(file: Path, displacement: Tensor, grid_affine: Tensor) ->
         displacement: T(x) - x, RAS mm, (3, *size).
         grid_affine: index in the grid -> RAS mm, (4, 4), of orthogonal axes.
     """
-    values = _lps(displacement.float()).movedim(0, -1)[:, :, :, None]
-    image = nib.Nifti1Image(values.numpy(), None)
-    matrix = grid_affine.cpu().numpy()
-    image.set_sform(matrix, 1)
-    image.set_qform(matrix, 1)
+    image = _nifti(_lps(displacement).movedim(0, -1)[:, :, :, None], grid_affine)
     image.header.set_intent(_VECTOR)
-    image.header.set_xyzt_units("mm")
     nib.save(image, file)
 
 
@@ -161,10 +157,12 @@ def write_image(file: Path, image: MetaTensor) -> None:
         file: to write, .nii or .nii.gz.
         image: with its affine.
     """
-    writer = NibabelWriter()
-    writer.set_data_array(image.as_tensor(), channel_dim=0)
-    writer.set_metadata({"affine": image.affine}, resample=False)
-    writer.write(file)
+    values = image.as_tensor().movedim(0, -1)
+    if values.shape[-1] == 1:
+        values = values[..., 0]
+    elif values.ndim == 3:
+        values = values[:, :, None]  # channels stand fourth
+    nib.save(_nifti(values, image.affine), file)
 
 
 def _parameters(affine: Tensor) -> list[float]:
@@ -177,3 +175,13 @@ def _lps(vectors: Tensor) -> Tensor:
     """Vectors (3, ...) of RAS in LPS, on the CPU."""
     vectors = vectors.cpu()
     return torch.cat([-vectors[:2], vectors[2:]])
+
+
+def _nifti(values: Tensor, affine: Tensor) -> nib.Nifti1Image:
+    """float32, with the affine in both forms that readers look for."""
+    image = nib.Nifti1Image(values.cpu().float().numpy(), None)
+    matrix = to_affine_nd(3, affine.cpu().double().numpy())
+    image.set_sform(matrix, 1)
+    image.set_qform(matrix, 1)
+    image.header.set_xyzt_units("mm")
+    return image
