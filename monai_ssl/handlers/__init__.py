@@ -16,6 +16,7 @@ from .overlay import OverlayHandler
 from .prepare_batch import PrepareBatchTensor
 from .pretext_preview import PretextPreview
 from .pretrained_saver import PretrainedSaver
+from .registration_preview import RegistrationPreview
 from .resume import ResumeHandler
 from .run_progress_bar import RunProgressBar
 
@@ -33,6 +34,7 @@ __all__ = [
     "PrepareBatchTensor",
     "PretextPreview",
     "PretrainedSaver",
+    "RegistrationPreview",
     "ResumeHandler",
     "RunProgressBar",
     "cosine_momentum",

@@ -13,6 +13,7 @@ from .paired_views import paired_view_panels
 from .panels import COLOURS, Box, Panel, draw_panels, figure_image
 from .partitions import partition_panels, region_panels
 from .patches import cpc_panels, jigsaw_panels, relative_location_panels, rotation_panels, view_panels
+from .registration import plot_registration
 from .voco import voco_panels
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "plot_curves",
     "plot_match",
     "plot_overlay",
+    "plot_registration",
     "region_panels",
     "relative_location_panels",
     "rotation_panels",

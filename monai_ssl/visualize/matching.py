@@ -120,9 +120,13 @@ def _draw(axes: Axes, scan: _Scan, place: np.ndarray, cut: int | None, heat: np.
     axes.axvline(x, color=_CROSS, linewidth=0.7, alpha=0.45)
     axes.axhline(y, color=_CROSS, linewidth=0.7, alpha=0.45)
     axes.plot([x], [y], marker="o", markersize=9, markerfacecolor="none", markeredgecolor=_CROSS, markeredgewidth=1.5)
-    ends = [scan.values.shape[axis] - 0.5 for axis in kept]
-    axes.set_xlim(*((-0.5, ends[0]) if cut is None else (ends[0], -0.5)))
-    axes.set_ylim(-0.5, ends[1])
+    _frame(axes, [scan.values.shape[axis] for axis in kept], cut)
+
+
+def _frame(axes: Axes, size: Sequence[int], cut: int | None) -> None:
+    """Limits and the letters of the patient's sides for a plane (X, Y) of a volume in RAS order."""
+    axes.set_xlim(*((-0.5, size[0] - 0.5) if cut is None else (size[0] - 0.5, -0.5)))
+    axes.set_ylim(-0.5, size[1] - 0.5)
     axes.set_xticks([])
     axes.set_yticks([])
     for (left, bottom), side in zip(_EDGES, "" if cut is None else _PLANES[cut][1]):
