@@ -58,7 +58,7 @@ def partition_panels(
         below = (array.num_views - 1) * box.size[1]
         whole = box._replace(start=(box.start[0], box.start[1] - below), size=(box.size[0], box.size[1] + below))
         frames.append(_inside(whole))
-    views = f"{array.num_views} views" if array.num_views > 1 else "1 view"
+    views = f"{array.num_views} views below each other" if array.num_views > 1 else "1 view"
     caption = f"{', '.join(array.names)}: a slice (its number) of each of {array.num_partitions} partitions, {views}"
     pairs = {mode: slice_pairs(mode, **array.ids) for mode in modes}
     return [
@@ -84,10 +84,14 @@ def region_panels(
 
     Raises:
         KeyError: a key is absent.
-        ValueError: a network of stage 1, or a batch of other shapes.
+        ValueError: a network of stage 1 or with three axes, or a batch of other shapes.
     """
     if not network.num_decoder_blocks:
         raise ValueError("region_panels needs a network with decoder blocks: stage 1 has no regions")
+    if len(network.plane_size) != 2:
+        raise ValueError(
+            f"region_panels draws slices, the network takes {network.plane_size}: 3D crops are for stage 1"
+        )
     array = _Array.of(batch, image_key, len(batch[image_key]))
     maps, stride = _dense_vectors(network, array.views)
     size = tuple(length + network.region_size - 1 for length in maps.shape[2:])
@@ -100,11 +104,12 @@ def region_panels(
     others = [box for number, box in enumerate(places) if number != ANCHOR_REGION]
     place = starts[ANCHOR_REGION].tolist()
     panels: list[Panel] = []
+    legend = "; beside: cosine of each place with the anchor, 0 or less dark, 1 light"
     for number in [n for n in range(len(array.views)) if array.ids["view"][n] == 0][:max_slices]:
         title = f"{array.title(number)}, slice {int(array.index[number])}"
         boxes = [*others, anchor._replace(label="anchor")]
         panels.append(
-            Panel(array.views[number], f"{title}: {len(places)} regions", boxes, limits=array.limits, lead=True)
+            Panel(array.views[number], f"{title}: {len(places)} regions{legend}", boxes, limits=array.limits, lead=True)
         )
         vector = maps[number][:, place[0], place[1]]
         for text, other in array.relatives(number):
@@ -174,7 +179,8 @@ class _Array(NamedTuple):
             for n in range(1, len(self.views))
             if positives[n] or negatives[n]
         ]
-        caption = f"{mode}: positives {int(positives.sum())} (solid), negatives {int(negatives.sum())} (dashed)"
+        number = f"positives {int(positives.sum())} (solid), negatives {int(negatives.sum())} (dashed)"
+        caption = f"{mode}: {number}, no frame: neither"
         frames = [*inset, self.box(0, ANCHOR, "anchor")]
         return Panel(self.image, caption, [_inside(box) for box in frames], limits=self.limits)
 
@@ -208,7 +214,10 @@ def _matrix(mode: str, positives: Tensor, negatives: Tensor) -> Panel:
     heat = heat.flip(0).T  # anchors from top to bottom
     each = sorted(set(negatives.sum(1).tolist()))
     number = str(each[0]) if len(each) == 1 else f"{each[0]} to {each[-1]}"
-    caption = f"{mode}: {int(positives.sum())} positive pairs of {len(positives)} items, {number} negatives each"
+    caption = (
+        f"{mode}, a row per anchor: {int(positives.sum())} positive pairs of {len(positives)} items (light), {number} "
+        "negatives each (dark), grey: neither"
+    )
     return Panel(torch.zeros(1, *heat.shape), caption, limits=(-1.0, 1.0), heat=heat)
 
 

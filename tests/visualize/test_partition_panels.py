@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import re
 from itertools import product
 from typing import Any
 
@@ -44,7 +45,10 @@ def boxed(panel: Panel, colour: str) -> set[int]:
 
 def test_slices_in_the_colour_of_their_partition() -> None:
     panel = partition_panels({**batch(), "name": [f"/data/{i // 4}.nii.gz" for i in range(12)]})[0]
-    assert panel.caption == "0.nii.gz, 1.nii.gz, 2.nii.gz: a slice (its number) of each of 4 partitions, 2 views"
+    assert (
+        panel.caption
+        == "0.nii.gz, 1.nii.gz, 2.nii.gz: a slice (its number) of each of 4 partitions, 2 views below each other"
+    )
     assert panel.image.shape == (1, 4 * 21, 6 * 33)
     assert [box.label for box in panel.boxes] == [str(5 * p + v) for v in range(3) for p in range(4)]
     assert [box.colour for box in panel.boxes] == list(COLOURS[:4]) * 3
@@ -68,12 +72,16 @@ def test_pairs_of_the_first_view(mode: str, positives: set[int], negatives: set[
     assert boxed(array, PINK) == negatives
     assert boxed(array, YELLOW) == {0}
     assert all(box.dashed == (box.colour == PINK) for box in array.boxes)
-    assert array.caption == f"{mode}: positives {len(positives)} (solid), negatives {len(negatives)} (dashed)"
+    assert (
+        array.caption
+        == f"{mode}: positives {len(positives)} (solid), negatives {len(negatives)} (dashed), no frame: neither"
+    )
     row = matrix.heat[:, -1]  # y upwards: the first anchor is on top
     assert set(torch.nonzero(row == 1).flatten().tolist()) == positives
     assert set(torch.nonzero(row == 0).flatten().tolist()) == negatives
     total = {"GR": 24, "GD-": 24, "GD": 72}[mode]
-    assert matrix.caption == f"{mode}: {total} positive pairs of 24 items, {len(negatives)} negatives each"
+    number = f"{total} positive pairs of 24 items (light), {len(negatives)} negatives each (dark)"
+    assert matrix.caption == f"{mode}, a row per anchor: {number}, grey: neither"
 
 
 def test_matrix_with_a_repeated_volume() -> None:
@@ -90,7 +98,7 @@ def test_matrix_with_a_repeated_volume() -> None:
 
 def test_all_modes_draw() -> None:
     panels = partition_panels(batch())
-    assert [panel.caption.split(":")[0] for panel in panels[1:]] == ["GR", "GD-", "GD"] * 2
+    assert [re.split("[:,]", panel.caption)[0] for panel in panels[1:]] == ["GR", "GD-", "GD"] * 2
     assert figure_image(draw_panels(panels)).std() > 10
 
 
@@ -129,7 +137,7 @@ def test_regions_of_a_slice_and_what_is_like_the_middle_one() -> None:
     assert [module.training for module in net.modules()] == modes
     assert len(panels) == 6
     shown, second, other = panels[:3]
-    assert shown.caption == "x.nii, slice 0: 13 regions"
+    assert shown.caption.startswith("x.nii, slice 0: 13 regions; beside: cosine of each place with the anchor")
     assert [panel.lead for panel in panels[:3]] == [True, False, False]
     starts = region_starts((20, 24), 3).tolist()
     assert sorted(tuple(box.start) for box in shown.boxes) == sorted((2.0 * a, 2.0 * b) for a, b in starts)
@@ -156,7 +164,8 @@ def test_regions_of_a_slice_and_what_is_like_the_middle_one() -> None:
 
 def test_one_view_of_one_volume_has_no_relatives() -> None:
     panels = region_panels(batch(1, 2, None, (40, 48)), network())
-    assert [panel.caption for panel in panels] == ["volume 40, slice 0: 13 regions", "volume 40, slice 5: 13 regions"]
+    titles = [panel.caption.split(";")[0] for panel in panels]
+    assert titles == ["volume 40, slice 0: 13 regions", "volume 40, slice 5: 13 regions"]
     draw_panels(panels)
 
 
@@ -164,6 +173,9 @@ def test_errors() -> None:
     unet = UNet(2, 1, 2, (4, 6, 8), (2, 2), norm="batch")
     with pytest.raises(ValueError, match="stage 1 has no regions"):
         region_panels(batch(), ContrastiveUNet(unet, PLANE))
+    crops = ContrastiveUNet(UNet(3, 1, 2, (4, 6, 8), (2, 2), norm="batch"), (12, 16, 20), 1, region_size=1)
+    with pytest.raises(ValueError, match=r"draws slices, the network takes \(12, 16, 20\): 3D crops are for stage 1"):
+        region_panels(batch(), crops)
     with pytest.raises(KeyError, match="'volume' is not in the batch"):
         partition_panels({name: value for name, value in batch().items() if name != "volume"})
     with pytest.raises(ValueError, match=r"'image' \(12, 2, 1\) must be"):
