@@ -8,9 +8,11 @@ from .checks import BadVolumesError, check_volumes
 from .class_labels import build_class_datalist, class_weights
 from .datalist import build_datalist, number_volumes
 from .keyed import KeyedDataset, KeyedSampler
+from .pair_dataset import PairDataset
 from .phantom import PHANTOM_LABELS, PHANTOM_PHASES, PhantomVolume, phantom_phase, torso_phantom
 from .phantom_files import phantom_dir, write_phantom, write_phantom_phases
 from .prepare_batch import PrepareSliceBatch
+from .registration_pairs import known_pairs, paired_volumes, read_registration_pairs, registration_pairs
 from .split import select_labelled
 
 __all__ = [
@@ -20,6 +22,7 @@ __all__ = [
     "DiskCacheDataset",
     "KeyedDataset",
     "KeyedSampler",
+    "PairDataset",
     "PhantomVolume",
     "PrepareSliceBatch",
     "build_class_datalist",
@@ -27,9 +30,13 @@ __all__ = [
     "cached_dataset",
     "check_volumes",
     "class_weights",
+    "known_pairs",
     "number_volumes",
+    "paired_volumes",
     "phantom_dir",
     "phantom_phase",
+    "read_registration_pairs",
+    "registration_pairs",
     "select_labelled",
     "torso_phantom",
     "write_phantom",

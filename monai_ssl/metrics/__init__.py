@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from .class_scores import ClassScoreMetric, balanced_accuracy, roc_auc_per_class
+from .elastic_matching import ElasticMatchingErrorMetric, wave_displacement
 from .embedding_health import effective_rank, embedding_std, uniformity
 from .matched_accuracy import MatchedAccuracyMetric, matched_accuracy, matched_chance
 from .matching_error import (
@@ -14,11 +15,15 @@ from .matching_error import (
     view_matching_error,
 )
 from .overlap_prediction import OverlapPredictionMetric, constant_prediction_loss
+from .registration_quality import FoldingMetric, LandmarkErrorMetric
 from .retrieval import nearest_rows, retrieval_hits
 from .surface_distance_mm import SurfaceDistanceMM
 
 __all__ = [
     "ClassScoreMetric",
+    "ElasticMatchingErrorMetric",
+    "FoldingMetric",
+    "LandmarkErrorMetric",
     "MatchedAccuracyMetric",
     "MatchingErrorMetric",
     "OverlapPredictionMetric",
@@ -37,4 +42,5 @@ __all__ = [
     "roc_auc_per_class",
     "uniformity",
     "view_matching_error",
+    "wave_displacement",
 ]

@@ -25,7 +25,14 @@ NAMES = sorted(path.parent.parent.name for path in BUNDLES.glob("*/configs/metad
 ROLES = ("train.yaml", "evaluate.yaml", "multi_gpu_train.yaml", "inference.yaml", "tracking_mlflow.yaml")
 FINETUNE = ("finetune.yaml", "finetune_published.yaml")
 # workflows of single bundles, which stand alone or go over others than train.yaml
-FURTHER = ("all_stages.yaml", "finetune_evaluate.yaml", "match.yaml", "track_lesions.yaml", "two_dimensions.yaml")
+FURTHER = (
+    "all_stages.yaml",
+    "finetune_evaluate.yaml",
+    "match.yaml",
+    "register.yaml",
+    "track_lesions.yaml",
+    "two_dimensions.yaml",
+)
 TIME_LIMIT = 300
 
 

@@ -65,6 +65,17 @@ SAM |= {"spacing": [10.0] * 3, "pixdim": [10.0] * 3, "roi_size": [16, 32, 32], "
 SLICES = {**TINY, "val_fraction": 0.33, "monitor_interval": 1, "preview_interval": 2, "channels": [8, 16, 32, 64]}
 SLICES |= {"pixdim": [10.0] * 2, "plane_size": [64, 64], "hidden_channels": 16, "out_channels": 8}
 
+REGISTRATION = {
+    **CPU,
+    "batch_size": 1,
+    "val_interval": 1,
+    "log_interval": 1,
+    "checkpoint_epochs": 1,
+    "val_fraction": 0.33,
+}
+REGISTRATION |= {"pixdim": [14.0] * 3, "embedder_file": "random", "prealign": [], "num_pairs": 2}
+REGISTRATION |= {"base_channels": 8, "embed_dim": 8, "channels": [4, 4, 4, 4], "up_channels": [4, 4, 4, 4, 4]}
+
 # The patch pretexts: patches that leave two voxels on the coarsest level of SegResNet; what a wider stride needs is
 # given with the variant.
 PATCHES = {**TINY, "val_fraction": 0.33, "monitor_interval": 1, "preview_interval": 2, "pixdim": [6.0, 6.0, 6.0]}
@@ -169,6 +180,17 @@ SETTINGS = {
             "released_v1.yaml": ([], {"crop_resize#spatial_size": [32, 32, 64]}),
             "released_cvpr.yaml": (["released_v1.yaml"], {"crop_resize#spatial_size": [32, 32, 64], "embed_dim": 192}),
         },
+    ),
+    "samreg_unet_ct": BundleSettings(
+        train={**REGISTRATION, "max_epochs": 1},
+        quick={**REGISTRATION, "max_epochs": 2},
+        inference={
+            **{key: REGISTRATION[key] for key in (*CPU, "pixdim", "prealign", "channels", "up_channels")},
+            **{key: REGISTRATION[key] for key in ("base_channels", "embed_dim")},
+        },
+        network_input=(1, 2, 16, 32, 32),
+        variants={"published.yaml": ([], {"num_pairs": 2}), "small.yaml": ([], {})},
+        same_grid=True,
     ),
     "segmentation_finetuning": BundleSettings(
         train={**SEGMENTATION, **SWIN, "max_epochs": 1, "pixdim": WHOLE},

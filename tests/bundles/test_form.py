@@ -169,7 +169,7 @@ def test_readme(bundle: Path, metadata: dict[str, Any]) -> None:
         assert re.sub(r"arXiv:", "", reference) in text
 
 
-STANDING_ALONE = ("finetune.yaml", "all_stages.yaml", "match.yaml", "track_lesions.yaml")
+STANDING_ALONE = ("finetune.yaml", "all_stages.yaml", "match.yaml", "register.yaml", "track_lesions.yaml")
 
 
 def test_readme_names_parameters_that_exist(bundle: Path) -> None:

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is known of many pairs before a network is trained on them: their affine and coarse registration, as files."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from monai_ssl.data.files import atomic_path, file_signature, is_first_process
+from monai_ssl.networks import load_pretrained
+from monai_ssl.networks.state_file import load_file, read_state_dict
+
+from ..image_embedding import tensor_digest
+from ..point_matcher import PointMatcher
+from .pipeline import register
+from .result import Registration
+
+__all__ = ["align_pairs", "load_embedder", "read_alignment", "write_alignment"]
+
+logger = logging.getLogger(__name__)
+_PREFIX = "embedder."  # of EmbeddingRegistrationNet
+_NODE = 8  # voxels between the nodes that are kept of a coarse field, whose own nodes are 16 apart
+
+
+def load_embedder(embedder: nn.Module, file: str | Path) -> nn.Module:
+    """Fill a network of embeddings, strictly, and return it.
+
+    Args:
+        embedder: of the architecture of the file.
+        file: models/model.pt of a SAM bundle, or of a registration bundle, whose embedder is taken; "random" keeps the
+            weights as they are, to try a pipeline out.
+
+    Raises:
+        ValueError: no file was named, or it does not fit.
+        OSError: no such file.
+    """
+    if not str(file):
+        raise ValueError(
+            "embedder_file is empty: train bundles/sam_resnet18_ct and give its models/model.pt, with base_channels "
+            "and embed_dim as there, or --embedder_file random to try the pipeline without"
+        )
+    if str(file) == "random":
+        return embedder
+    state = read_state_dict(file)
+    part = {name.removeprefix(_PREFIX): value for name, value in state.items() if name.startswith(_PREFIX)}
+    if not part:
+        load_pretrained(embedder, file)
+        return embedder
+    try:
+        embedder.load_state_dict(part)
+    except RuntimeError as error:
+        raise ValueError(f"the embedder in {file} is another network: {error}") from error
+    return embedder
+
+
+def align_pairs(
+    pairs: Sequence[Mapping[str, Any]],
+    matcher: PointMatcher,
+    cache_dir: str | Path,
+    steps: Sequence[str] = ("affine", "coarse"),
+    progress: bool = True,
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """Register each pair by its embeddings, once: a file for each in `cache_dir`, which later runs read.
+
+    Of several processes each takes its share. A pair that cannot be aligned, for lack of confident matches say, is left
+    out with a warning that names it.
+
+    Args:
+        pairs: with "moving", "fixed" and "name"; one that has an "alignment" keeps it.
+        matcher: embeds the images.
+        cache_dir: folder of the files. They depend on the images, the network, the steps and the options.
+        steps: of :func:`register`: "affine", "coarse"; none: images are taken to lie in one space.
+        progress: show a bar.
+        options: of :func:`register`.
+
+    Returns:
+        the pairs with "alignment", the file of :func:`read_alignment`.
+
+    Raises:
+        ValueError: no pair can be aligned, with the first reason.
+    """
+    folder, weights = Path(cache_dir), matcher.weights_sha256
+    files = [Path(pair.get("alignment") or folder / f"{_key(pair, weights, steps, options)}.pt") for pair in pairs]
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+    missing = [(pair, file) for pair, file in zip(pairs, files) if not file.is_file()][rank::size]
+    for pair, file in tqdm(missing, "aligning pairs", disable=not (progress and missing and is_first_process())):
+        try:
+            write_alignment(file, register(pair["moving"], pair["fixed"], steps, matcher=matcher, **options))
+        except ValueError as error:
+            with atomic_path(file) as temporary:
+                torch.save({"refused": str(error)}, temporary)
+    if size > 1:
+        dist.barrier()
+    refused = {pair["name"]: reason for pair, file in zip(pairs, files) if (reason := load_file(file).get("refused"))}
+    if refused and len(refused) == len(pairs):
+        raise ValueError(f"none of {len(pairs)} pairs can be aligned; {next(iter(refused))}: {refused.popitem()[1]}")
+    if refused:
+        warnings.warn(
+            f"{len(refused)} of {len(pairs)} pairs cannot be aligned and are left out: "
+            + "; ".join(f"{name} ({reason})" for name, reason in list(refused.items())[:5]),
+            stacklevel=2,
+        )
+    return [{**pair, "alignment": str(file)} for pair, file in zip(pairs, files) if pair["name"] not in refused]
+
+
+def write_alignment(file: str | Path, result: Registration) -> None:
+    """Keep a registration, its displacement at every eighth voxel: some 200 kB instead of 100 MB for a trunk at 2 mm.
+
+    Args:
+        file: to write; it appears whole or not at all, and its folder is made.
+        result: to keep, with the matches but without the report.
+    """
+    content = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
+    if result.displacement is not None:
+        nodes = [max(2, (length - 1) // _NODE + 1) for length in result.grid_size]
+        content["displacement"] = _resized(result.displacement, nodes)
+    content["grid_size"], content["report"] = list(result.grid_size), {}
+    with atomic_path(Path(file)) as temporary:
+        torch.save(content, temporary)
+
+
+def read_alignment(file: str | Path) -> Registration:
+    """The registration in a file, its displacement on the whole grid.
+
+    Args:
+        file: of :func:`write_alignment`.
+
+    Raises:
+        OSError: no such file.
+        ValueError: another kind of file.
+    """
+    content = load_file(Path(file))
+    if "grid_size" not in content or "affine" not in content:
+        raise ValueError(f"{file} holds no registration: it was not written by write_alignment")
+    content["grid_size"] = tuple(content["grid_size"])
+    if content["displacement"] is not None:
+        content["displacement"] = _resized(content["displacement"], content["grid_size"])
+    return Registration(**content)
+
+
+def _key(pair: Mapping[str, Any], weights: str, steps: Sequence[str], options: Mapping[str, Any]) -> str:
+    images = [file_signature(pair[role]) for role in ("moving", "fixed")]
+    return tensor_digest(images, weights, tuple(steps), sorted(options.items()))
+
+
+def _resized(field: Tensor, size: Sequence[int]) -> Tensor:
+    mode = {2: "bilinear", 3: "trilinear"}[field.ndim - 1]
+    return F.interpolate(field[None], tuple(size), mode=mode, align_corners=True)[0]
