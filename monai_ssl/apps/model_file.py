@@ -48,9 +48,15 @@ def load_matcher(
         OSError: there is no such file.
         ValueError: the file holds no network of this kind, or its provenance cannot be used.
     """
-    file = _weights(Path(model))
-    origin = _provenance(file, provenance)
-    network = _network(file, origin)
+    file = weights_file(model)
+    origin = known_origin(file, provenance)
+    return matcher_around(_network(file, origin), origin, preprocessing, **options)
+
+
+def matcher_around(
+    network: nn.Module, origin: Mapping[str, Any], preprocessing: Mapping[str, Any] | None = None, **options: Any
+) -> PointMatcher:
+    """A matcher with the preprocessing of a provenance, see :func:`load_matcher`."""
     found = {**origin.get("preprocessing", {}), **(preprocessing or {})}
     rank = getattr(network, "spatial_dims", 3)
     matcher = PointMatcher(network, embedding_transform(found, rank), **options)
@@ -61,7 +67,9 @@ def load_matcher(
     return matcher
 
 
-def _weights(model: Path) -> Path:
+def weights_file(model: str | Path) -> Path:
+    """The file of weights of a bundle, or the file itself."""
+    model = Path(model)
     if not model.is_dir():
         return model
     for file in (model / "models" / "model.pt", model / "model.pt"):
@@ -70,7 +78,7 @@ def _weights(model: Path) -> Path:
     raise FileNotFoundError(f"{model} holds no models/model.pt: train the bundle first, or name the file of weights")
 
 
-def _provenance(file: Path, given: str | Path | None) -> dict[str, Any]:
+def known_origin(file: Path, given: str | Path | None) -> dict[str, Any]:
     """What is known of the weights; an empty dictionary if nothing is."""
     beside = file.with_name("encoder.json")
     if given is None:
@@ -99,12 +107,12 @@ def _network(file: Path, origin: Mapping[str, Any]) -> nn.Module:
         return network
     description = origin.get("network")
     described = isinstance(description, Mapping) and "encoder" in description
-    built = rebuild_network(description) if described else _recognised(file, shapes)  # type: ignore[arg-type]
+    built = rebuild_network(description) if described else recognised(file, shapes)  # type: ignore[arg-type]
     load_pretrained(built, file)
     return built
 
 
-def _recognised(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> AnatomicalEmbeddingNet:
+def recognised(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> AnatomicalEmbeddingNet:
     """The network around an `AnisotropicResNet` that has weights of these names and shapes."""
     smooth, stem = shapes.get(_TAIL), shapes.get("encoder.conv1.weight")
     if smooth is None or stem is None:
