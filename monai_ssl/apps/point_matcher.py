@@ -19,7 +19,6 @@ from .image_embedding import ImageEmbedding, body_cells, from_ras, tensor_digest
 from .network_maps import network_maps, slab_halo, total_stride
 from .point_matching import match_points, similarity_map
 from .preprocessing import embedding_transform, image_name, load_image
-from .registration.points import foreground_mask
 
 __all__ = ["PointMatcher", "PointMatches", "check_filters"]
 
@@ -234,6 +233,8 @@ class PointMatcher:
             raise ValueError(f"{name} has {len(voxels)} channels, the network takes others: {error}") from error
         body, size = None, tuple(voxels.shape[1:])
         if self.body_threshold is not None:
+            from .registration.points import foreground_mask  # registration is built on this file
+
             mask = torch.zeros(padded, dtype=torch.bool)
             mask[tuple(slice(length) for length in size)] = foreground_mask(voxels[0].cpu(), self.body_threshold)
             axial = int(affine[-2, :-1].abs().argmax())  # the axis that runs along the patient
