@@ -24,6 +24,7 @@ from .result import Registration
 __all__ = ["STEPS", "register"]
 
 STEPS = ("affine", "coarse", "deform", "instance")
+_QUALITY = ("residual_mean_mm", "residual_median_mm", "folding_share")
 
 
 def register(
@@ -75,7 +76,8 @@ def register(
         transform: see :func:`register_deform`; None: that of the matcher, if there is one.
 
     Returns:
-        Its `report` has the entries of the steps, and under `steps` the seconds of each in all.
+        Its `report` has the entries of the steps, and under `steps` for each its `seconds` in all and the residuals and
+        folding share after it.
 
     Raises:
         FileNotFoundError: an image or a mask that is not there.
@@ -85,12 +87,12 @@ def register(
     _check(steps, matcher, network, initial)
     if transform is None and matcher is not None:
         transform = matcher.transform
-    seconds: dict[str, float] = {}
+    steps_report: dict[str, dict[str, float]] = {}
     start = time.perf_counter()
     images: dict[str, Any] = {"matcher": matcher, "moving": moving, "fixed": fixed}
     if matcher is not None and {"affine", "coarse"} & set(steps):
         images |= {"moving": matcher.embed(moving), "fixed": matcher.embed(fixed)}
-        seconds["embed"] = time.perf_counter() - start
+        steps_report["embed"] = {"seconds": time.perf_counter() - start}
     matches: dict[str, Any] = {
         "moving_mask": moving_mask,
         "fixed_mask": fixed_mask,
@@ -112,10 +114,11 @@ def register(
     for step in steps:
         start = time.perf_counter()
         result = calls[step](result)
-        seconds[step] = time.perf_counter() - start
+        quality = {key: result.report[key] for key in _QUALITY if key in result.report}
+        steps_report[step] = {"seconds": time.perf_counter() - start, **quality}
     if result is None:
         result = _unmoved(fixed, transform)
-    return dataclasses.replace(result, report={**result.report, "steps": seconds})
+    return dataclasses.replace(result, report={**result.report, "steps": steps_report})
 
 
 def _check(steps: Sequence[str], matcher: Any, network: Any, initial: Any) -> None:
