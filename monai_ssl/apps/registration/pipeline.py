@@ -123,7 +123,7 @@ def register(
 
 def _check(steps: Sequence[str], matcher: Any, network: Any, initial: Any) -> None:
     order = [STEPS.index(step) if step in STEPS else -1 for step in steps]
-    if isinstance(steps, str) or -1 in order or order != sorted(set(order)):
+    if -1 in order or order != sorted(set(order)):
         raise ValueError(f"steps must be some of {', '.join(STEPS)}, each once and in this order, got {steps!r}")
     if matcher is None and set(steps) - {"deform"}:
         raise ValueError(f"steps {tuple(steps)} need matcher, a PointMatcher")

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from monai_ssl.apps import embedding_transform
 from monai_ssl.apps.registration.deform import register_deform
+from monai_ssl.apps.registration.fields import jacobian_determinant
+from monai_ssl.apps.registration.inner_step import on_grid
 from monai_ssl.apps.registration.result import Registration
 from monai_ssl.losses import RegistrationLoss, ncc_loss
 from monai_ssl.networks import EmbeddingRegistrationNet, RegistrationUNet
@@ -101,6 +103,22 @@ def test_without_an_initial_result_both_images_lie_in_one_world() -> None:
     torch.testing.assert_close(result.ddf()[0], network.field[0, :, :9, :11, :10], atol=1e-4, rtol=0)
 
 
+def test_an_initial_result_on_another_grid() -> None:
+    """A displacement that is linear in space is the same on any grid; beyond its grid it ends."""
+    linear = torch.tensor([[0.1, 0.05, 0], [0, -0.1, 0.02], [0.03, 0, 0.1]], dtype=torch.float64)
+    wide = torch.diag(torch.tensor([4.0, 4, 4, 1], dtype=torch.float64))
+    wide[:3, 3] = -60
+    size = (30, 32, 34)
+    d = (linear @ transform_points(wide, voxel_index(size).double()).T).reshape(3, *size)
+    initial = Registration(AFFINE, d, wide, size, torch.zeros(0, 2, 3), torch.zeros(0), {})
+    placed = on_grid(initial, OBLIQUE, (9, 11, 10))
+    assert placed.grid_size == (9, 11, 10)
+    points = inside(OBLIQUE, (8, 10, 9), 50, 0.1)
+    expected = transform_points(AFFINE, points + points @ linear.T)
+    torch.testing.assert_close(initial.map_points(points), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(placed.map_points(points), expected, atol=1e-4, rtol=0)
+
+
 def test_default_transform_is_that_of_the_embedder() -> None:
     """1 mm in, 2 mm in SPL order out; -200 HU lie in the middle of the window."""
     affine = torch.diag(torch.tensor([1.0, 1, 1, 1], dtype=torch.float64))
@@ -120,7 +138,10 @@ def test_report() -> None:
     assert result.report["counts"] == {"grid": 9}
     assert result.report["residual_mean_mm"] == pytest.approx(residual.mean().item())
     assert result.report["residual_median_mm"] == pytest.approx(residual.median().item())
-    assert 0.05 < result.report["folding_share"] < 0.9  # random numbers of a voxel fold
+    voxels = torch.einsum("ij,j...->i...", torch.linalg.inv(OBLIQUE[:3, :3]), result.displacement.double())
+    share = (jacobian_determinant(voxels[None]) <= 0).double().mean()
+    assert 0.05 < share < 0.9  # random numbers of a voxel fold
+    assert result.report["folding_share"] == pytest.approx(share.item(), abs=1e-6)
     assert set(result.report["seconds"]) == {"match", "deform"}
     assert initial.report["seconds"] == {"match": 1.0}
 
