@@ -47,25 +47,29 @@ def check_volumes(
     progress: bool = True,
     min_training: int = 1,
     spatial_dims: int = 3,
+    axcodes: str | None = "RAS",
+    in_channels: int | None = None,
 ) -> Any:
     """Read every volume once, before training, and stop with one report of those that cannot be used.
 
     Faults of an image: unreadable, empty, fewer than 2 voxels along an axis or another number of axes, NaN or infinite,
     constant, an affine that is singular, fewer voxels than `min_size` after resampling, another number of channels than
-    most. A label must be readable, finite, and on the grid of its image. Files that were read before and have not
-    changed are not read again.
+    `in_channels` or most. A label must be readable, finite, and on the grid of its image. Files that were read before
+    and have not changed are not read again.
 
     Args:
         data: the lists of `build_datalist`, or one list of items.
         keys: what to check in each item; "label" is checked as the label of "image". Items without a key are passed.
-        pixdim: voxel size in mm of training, after `Orientationd("RAS")`; None keeps the file's own.
-        min_size: least number of voxels per axis (RAS) that the pipeline needs, such as its `roi_size`.
+        pixdim: voxel size in mm of training, after `Orientationd(axcodes)`; None keeps the file's own.
+        min_size: least number of voxels per axis that the pipeline needs, such as its `roi_size`.
         skip_bad: go on without the faulty volumes, with a warning and the list in `report_dir`.
         report_dir: where `skipped_volumes.txt` (path, tab, reason) is written; the folder of the checkpoint.
         num_workers: processes that read; 0 for none, None for up to 8.
         progress: show a progress bar.
         min_training: least number of volumes in the part "training", such as one whole batch.
         spatial_dims: 3, or 2 for pictures, whose `pixdim` and `min_size` are in the file's own order of axes.
+        axcodes: orientation that training gives the volumes, which `pixdim` and `min_size` are in; None: as stored.
+        in_channels: number of channels that the network takes; None: what most images have.
 
     Returns:
         `data` itself or, with `skip_bad`, without the faulty items.
@@ -78,7 +82,8 @@ def check_volumes(
     items = [item for part in parts.values() for item in part]
     images = {path: item[key] for item in items for key, path in _checked(item, keys).items()}
     facts = dict(zip(images, collect_facts(list(images.values()), num_workers, progress)))
-    faults = _faults(items, keys, facts, lambda found: image_fault(found, pixdim, min_size, spatial_dims))
+    needs = (pixdim, min_size, spatial_dims, axcodes, in_channels)
+    faults = _faults(items, keys, facts, lambda found: image_fault(found, *needs))
     shown = _named(items, faults)
     if faults and not skip_bad:
         raise BadVolumesError(shown, len(images))

@@ -14,7 +14,14 @@ from monai.utils import ensure_tuple_rep
 from monai_ssl.data.facts import Facts
 
 
-def image_fault(facts: Facts, pixdim: Any = None, min_size: Any = None, spatial_dims: int = 3) -> str | None:
+def image_fault(
+    facts: Facts,
+    pixdim: Any = None,
+    min_size: Any = None,
+    spatial_dims: int = 3,
+    axcodes: str | None = "RAS",
+    in_channels: int | None = None,
+) -> str | None:
     """Why an image cannot be trained on, from its `volume_facts`; None if it can."""
     if "error" in facts:
         return f"cannot be read ({facts['error']})"
@@ -27,6 +34,8 @@ def image_fault(facts: Facts, pixdim: Any = None, min_size: Any = None, spatial_
         return f"3D: {_times(shape[1:])} voxels, but spatial_dims is 2"
     if len(shape) < spatial_dims + 1 or min(shape[1:]) < 2:
         return f"{spatial_dims - 1}D only: {_times(shape[1:])} voxels"
+    if in_channels is not None and shape[0] != in_channels:
+        return f"{shape[0]} channels, where in_channels is {in_channels}"
     if facts["nonfinite"]:
         return f"{facts['nonfinite']} of {np.prod(shape)} voxels are NaN or infinite"
     if facts["constant"]:
@@ -34,15 +43,16 @@ def image_fault(facts: Facts, pixdim: Any = None, min_size: Any = None, spatial_
     affine = np.asarray(facts["affine"])
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine)) < 1e-9:
         return "the affine is singular or not finite"
-    return None if min_size is None else _size_fault(shape, affine, pixdim, min_size)
+    return None if min_size is None else _size_fault(shape, affine, pixdim, min_size, axcodes)
 
 
-def _size_fault(shape: list[int], affine: np.ndarray, pixdim: Any, min_size: Any) -> str | None:
+def _size_fault(shape: list[int], affine: np.ndarray, pixdim: Any, min_size: Any, axcodes: str | None) -> str | None:
     # MONAI's own lazy transforms tell the size that training will see; nothing is resampled
     volume: Any = MetaTensor(torch.zeros(1).expand(1, *shape[1:]), affine=torch.as_tensor(affine))
     axes = len(shape) - 1
-    if axes == 3:
-        volume = Orientation("RAS", labels=None, lazy=True)(volume)
+    turned = axes == 3 and axcodes is not None
+    if turned:
+        volume = Orientation(axcodes, labels=None, lazy=True)(volume)
     if pixdim is not None:
         volume = Spacing(ensure_tuple_rep(pixdim, axes), lazy=True)(volume)
     size = [int(voxels) for voxels in volume.peek_pending_shape()]
@@ -51,8 +61,8 @@ def _size_fault(shape: list[int], affine: np.ndarray, pixdim: Any, min_size: Any
         return None
     at = "" if pixdim is None else f" at {_times(ensure_tuple_rep(pixdim, axes))} mm"
     return (
-        f"too small: {_times(size)} voxels{at}{' (RAS)' if axes == 3 else ''}, {_times(needed)} needed: "
-        "lower roi_size or pixdim, or pad with SpatialPadd"
+        f"too small: {_times(size)} voxels{at}{f' ({axcodes})' if turned else ''}, {_times(needed)} needed: "
+        "lower roi_size, num_partitions or pixdim, or pad with SpatialPadd"
     )
 
 

@@ -34,7 +34,7 @@ from .nets import (
 from .provenance import make_provenance, read_provenance
 from .rebuild import rebuild_network
 from .released_weights import inflate_resnet18, load_mmdet_checkpoint
-from .unet_stages import UNetFeatures, UNetStages, trained_prefixes, unet_features, unet_stages
+from .unet_stages import UNetFeatures, UNetStages, trained_blocks, trained_prefixes, unet_features, unet_stages
 
 __all__ = [
     "AnatomicalEmbeddingNet",
@@ -74,6 +74,7 @@ __all__ = [
     "read_provenance",
     "rebuild_network",
     "save_pretrained",
+    "trained_blocks",
     "trained_prefixes",
     "unet_features",
     "unet_stages",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -13,8 +14,10 @@ from monai.networks.nets import BasicUNet, UNet
 from monai.utils import ensure_tuple_rep
 from torch import Tensor, nn
 
-__all__ = ["UNetFeatures", "UNetStages", "decode", "encode", "total_stride", "trained_prefixes", "unet_features",
-           "unet_stages"]  # fmt: skip
+from .provenance import read_provenance
+
+__all__ = ["UNetFeatures", "UNetStages", "decode", "encode", "total_stride", "trained_blocks", "trained_prefixes",
+           "unet_features", "unet_stages"]  # fmt: skip
 
 
 class UNetStages(NamedTuple):
@@ -119,6 +122,25 @@ def trained_prefixes(network: nn.Module, num_decoder_blocks: int) -> list[str]:
     check_blocks(network, num_decoder_blocks)
     stages = unet_stages(network)
     return [f"{name}." for name in stages.encoder + stages.decoder[:num_decoder_blocks]]
+
+
+def trained_blocks(file: str | Path) -> int:
+    """How many decoder blocks a file of stage 1 (none) or 2 of the bundle ``global_local_unet_mr`` holds.
+
+    Args:
+        file: written by ``save_pretrained`` with "num_decoder_blocks" among the "settings" of its provenance.
+
+    Raises:
+        OSError: no such file.
+        ValueError: the file says nothing about its stage, or cannot be read.
+    """
+    blocks = ((read_provenance(file) or {}).get("settings") or {}).get("num_decoder_blocks")
+    if not isinstance(blocks, int):
+        raise ValueError(
+            f"{file} does not say how many decoder blocks were trained: give unet_encoder.pt or unet_decoder.pt of "
+            "stage 1 or 2, or fill the network with load_pretrained"
+        )
+    return blocks
 
 
 def check_blocks(network: nn.Module, num_decoder_blocks: int, most: int | None = None) -> None:

@@ -22,7 +22,11 @@ def load_file(file: str | Path) -> Any:
         OSError: there is no such file, or it may not be read.
         ValueError: the file is truncated, or no PyTorch file, or holds more than tensors and plain values.
     """
-    Path(file).open("rb").close()  # an absent file raises here; OSError from torch.load means a damaged one
+    try:
+        Path(file).open("rb").close()  # an absent file raises here; OSError from torch.load means a damaged one
+    except FileNotFoundError as e:
+        reason = "no such checkpoint: run the training that writes it first, or correct the path"
+        raise FileNotFoundError(e.errno, reason, str(file)) from None
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as e:  # a damaged pickle raises almost anything

@@ -122,8 +122,29 @@ def test_too_small_says_both_sizes_and_what_to_do(write_volume: Write) -> None:
     reason = reason_of(write_volume("a.nii.gz"), pixdim=(2, 2, 2), min_size=(3, 6, 32))
     assert reason == (
         "too small: 3 x 6 x 10 voxels at 2 x 2 x 2 mm (RAS), 3 x 6 x 32 needed: "
-        "lower roi_size or pixdim, or pad with SpatialPadd"
+        "lower roi_size, num_partitions or pixdim, or pad with SpatialPadd"
     )
+
+
+def test_size_of_other_orientations() -> None:
+    """TURNED has the stored axes 2, 0, 1 along R, A, S: sizes are those of the axes that training sees."""
+    facts = {"shape": [1, 15, 16, 3], "affine": TURNED.tolist(), "nonfinite": 0, "constant": False}
+    sizes = {"RAS": (3, 15, 16), "SAR": (16, 15, 3), None: (15, 16, 3)}
+    for axcodes, size in sizes.items():
+        assert image_fault(facts, None, size, axcodes=axcodes) is None
+        for axis in range(3):
+            reason = image_fault(facts, None, [n + (axis == i) for i, n in enumerate(size)], axcodes=axcodes)
+            assert reason is not None
+            told = f"too small: {' x '.join(map(str, size))} voxels{f' ({axcodes})' if axcodes else ''}, "
+            assert reason.startswith(told)
+
+
+def test_number_of_channels_that_the_network_takes(write_volume: Write) -> None:
+    series = np.stack([coordinate_volume()] * 2, axis=-1)
+    path = write_volume("a.nii.gz", series)
+    assert reason_of(path, in_channels=1) == "2 channels, where in_channels is 1"
+    items = [{"image": str(path)}]
+    assert check_volumes(items, in_channels=2, progress=False) == items
 
 
 def test_stray_number_of_channels(write_volume: Write) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,15 @@ from monai.networks.nets.unet import CheckpointUNet
 from torch import nn
 
 import monai_ssl
-from monai_ssl.networks import UNetFeatures, UNetStages, trained_prefixes, unet_features, unet_stages
+from monai_ssl.networks import (
+    UNetFeatures,
+    UNetStages,
+    save_pretrained,
+    trained_blocks,
+    trained_prefixes,
+    unet_features,
+    unet_stages,
+)
 
 
 def unet(dims: int = 2, channels: tuple[int, ...] = (4, 6, 8), residual: int = 2, **kwargs: Any) -> UNet:
@@ -164,6 +173,24 @@ def test_number_of_blocks(blocks: int) -> None:
     ):
         with pytest.raises(ValueError, match=f"num_decoder_blocks must be between 0 and 2 for this UNet, got {blocks}"):
             call()
+
+
+def test_blocks_of_a_file(tmp_path: Path) -> None:
+    for blocks in (0, 1):
+        prefixes = trained_prefixes(unet(), blocks)
+        provenance = {"settings": {"num_decoder_blocks": blocks}}
+        assert trained_blocks(save_pretrained(unet(), tmp_path / "unet.pt", provenance, include=prefixes)) == blocks
+    others = [
+        save_pretrained(unet(), tmp_path / "other.pt", {"settings": {"seed": 0}}),
+        save_pretrained(unet(), tmp_path / "bare.pt", {}),
+        tmp_path / "plain.pt",
+    ]
+    torch.save(unet().state_dict(), others[2])
+    for file in others:
+        with pytest.raises(ValueError, match=rf"{file.name} does not say how many decoder blocks .* unet_encoder.pt"):
+            trained_blocks(file)
+    with pytest.raises(FileNotFoundError, match=r"no such checkpoint: run the training that writes it first.*absent.pt"):
+        trained_blocks(tmp_path / "absent.pt")
 
 
 def test_function_and_module_of_one_name() -> None:
