@@ -24,15 +24,17 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 
-from benchmarks.label_efficiency import run_bundle
+from benchmarks.label_efficiency import REPOSITORY, run_bundle
 from monai_ssl.apps import PointMatcher, load_matcher, load_registration, register_affine, register_coarse
 from monai_ssl.apps.preprocessing import load_image
 from monai_ssl.apps.registration import Registration, jacobian_determinant, write_alignment
 from monai_ssl.apps.registration.deform import register_deform
 from monai_ssl.apps.registration.instance import register_instance
 from monai_ssl.data import build_datalist, registration_pairs
+from monai_ssl.networks import RegistrationUNet, load_pretrained
 
 Pair = dict[str, Any]
 BODY = -17.4  # -500 HU on the scale of the network's input
@@ -203,16 +205,14 @@ class Study:
         spec, seed = self.spec, self.spec["seed"]
         embedder = self.train(spec["embedder"], "embedder", [], {"dataset_dir": str(self.datalist)})
         self.matcher = matcher = load_matcher(embedder, device="cpu", cache_dir=self.out / "embeddings")
-        options = dict(spec["matching"])
-        coarse = {"node_spacing": options.pop("node_spacing"), "smoothness": options.pop("coarse_smoothness")}
+        coarse = spec["coarse"]
+        options = lambda: {**spec["matching"], "generator": torch.Generator().manual_seed(seed)}
         self.measure("initial", lambda pair, _: unmoved(matcher, pair))
         self.measure("ITK affine", lambda pair, _: itk_affine(matcher, pair, seed))
-        self.measure("SAM-affine", lambda pair, _: register_affine(matcher, pair["moving"], pair["fixed"], **options))
+        self.measure("SAM-affine", lambda pair, _: register_affine(matcher, pair["moving"], pair["fixed"], **options()))
         self.measure(
             "+ coarse",
-            lambda pair, before: register_coarse(
-                matcher, pair["moving"], pair["fixed"], initial=before, **coarse, **options
-            ),
+            lambda pair, before: register_coarse(matcher, pair["moving"], pair["fixed"], initial=before, **coarse),
             "SAM-affine",
         )
         learned = self.train(
@@ -232,7 +232,7 @@ class Study:
         methods = ["initial", "ITK affine", "SAM-affine", "+ coarse", "+ VoxelMorph", "+ instance", "coarse + instance"]
         return "\n".join([*self.header(), *(self.row(m) for m in [*methods, "VoxelMorph after ITK affine"])])
 
-    def plain_voxelmorph(self, matcher: PointMatcher, seed: int) -> Any:
+    def plain_voxelmorph(self, matcher: PointMatcher, seed: int) -> RegistrationUNet:
         """The same U-Net without features, trained on as many pairs, which ITK has aligned."""
         parts = registration_pairs(self.lists, self.spec["network"]["overrides"]["num_pairs"], seed)
         for part, pairs in parts.items():
@@ -245,7 +245,10 @@ class Study:
         listed.write_text(json.dumps(parts, indent=1, default=str))
         overrides = {"pairs": str(listed), "prealign": []}
         model = self.train(self.spec["network"], "voxelmorph", [self.spec["baseline"]], overrides)
-        _, network = load_registration(model, device="cpu")
+        root = REPOSITORY / self.spec["network"]["bundle"] / "configs"
+        config = ConfigParser.load_config_files([str(root / name) for name in self.spec["network"]["configs"]])
+        network = RegistrationUNet(channels=config["channels"], up_channels=config["up_channels"])
+        load_pretrained(network, model)
         return network
 
     def header(self) -> list[str]:

@@ -16,7 +16,7 @@ from monai_ssl.handlers._processes import rank
 from monai_ssl.handlers._run_state import object_state
 from monai_ssl.handlers._steps import BEFORE_SAVE, register_before_save, require_finite
 from monai_ssl.networks import save_pretrained
-from monai_ssl.networks.provenance import complete_provenance
+from monai_ssl.networks.provenance import KEY, complete_provenance
 from monai_ssl.networks.state_file import write_atomic
 
 __all__ = ["PretrainedSaver"]
@@ -25,7 +25,8 @@ __all__ = ["PretrainedSaver"]
 class PretrainedSaver:
     """Write the trained weights as plain state dicts when the run is completed, never after an exception.
 
-    - ``model.pt``: of ``network_def``, what a MONAI bundle loads strictly.
+    - ``model.pt``: of ``network_def``, what a MONAI bundle loads strictly; with the provenance where there is no
+      ``encoder``.
     - ``encoder.pt`` and ``encoder.json``, or the names of ``file``: of ``encoder`` with its provenance, by
       ``save_pretrained``.
     - ``pretext.pt``: of the whole pretext network, for ``evaluate.yaml``.
@@ -37,7 +38,7 @@ class PretrainedSaver:
         directory: folder of the files.
         encoder: the pretrained part, if there is one.
         pretext: the pretext network, not its DistributedDataParallel wrapper, if it is to be evaluated later.
-        provenance: what ``encoder.pt`` shall tell of its origin, see ``make_provenance``; the epochs and iterations
+        provenance: what the weights shall tell of their origin, see ``make_provenance``; the epochs and iterations
             that were trained are added.
         interval: epochs after which the files are also written; 0: only at the end.
         file: name of the file of ``encoder``.
@@ -83,11 +84,13 @@ class PretrainedSaver:
         if rank() != 0:
             return
         self.directory.mkdir(parents=True, exist_ok=True)
+        trained = {"epochs": engine.state.epoch, "iterations": engine.state.iteration}
         for name, network in self.plain.items():
             state = object_state(network, name)
+            if self.encoder is None and self.provenance:
+                state._metadata[KEY] = complete_provenance({**self.provenance, **trained})
             for key, value in state.items():  # in place, which keeps the module versions that the dict carries
                 state[key] = value.cpu()
             write_atomic(self.directory / f"{name}.pt", partial(torch.save, state))
         if self.encoder is not None:
-            trained = {"epochs": engine.state.epoch, "iterations": engine.state.iteration}
             save_pretrained(self.encoder, self.directory / self.file, {**self.provenance, **trained}, self.include)

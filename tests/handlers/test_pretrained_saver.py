@@ -106,6 +106,19 @@ def test_network_alone(tmp_path: Path) -> None:
     PretrainedSaver(trainer.network, tmp_path).attach(trainer)
     trainer.run()
     assert files(tmp_path) == ["model.pt"]
+    assert read_provenance(tmp_path / "model.pt") is None
+
+
+def test_network_alone_with_provenance(tmp_path: Path) -> None:
+    """It travels in the file and does not disturb strict loading."""
+    trainer = toy_trainer()
+    PretrainedSaver(trainer.network, tmp_path, provenance={"method": "toy"}).attach(trainer)
+    trainer.run()
+    assert files(tmp_path) == ["model.pt"]
+    told = read_provenance(tmp_path / "model.pt")
+    assert told is not None
+    assert (told["method"], told["epochs"]) == ("toy", trainer.state.epoch)
+    trainer.network.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
 
 
 @pytest.mark.parametrize("provenance", [{"rate": torch.ones(1)}, {"data": "/home/user/scan.nii.gz"}])

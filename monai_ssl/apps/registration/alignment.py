@@ -69,6 +69,7 @@ def align_pairs(
     cache_dir: str | Path,
     steps: Sequence[str] = ("affine", "coarse"),
     progress: bool = True,
+    seed: int = 0,
     **options: Any,
 ) -> list[dict[str, Any]]:
     """Register each pair by its embeddings, once: a file for each in `cache_dir`, which later runs read.
@@ -82,6 +83,7 @@ def align_pairs(
         cache_dir: folder of the files. They depend on the images, the network, the steps and the options.
         steps: of :func:`register`: "affine", "coarse"; none: images are taken to lie in one space.
         progress: show a bar.
+        seed: of the trials of method "ransac", for each pair anew.
         options: of :func:`register`.
 
     Returns:
@@ -91,12 +93,17 @@ def align_pairs(
         ValueError: no pair can be aligned, with the first reason.
     """
     folder, weights = Path(cache_dir), matcher.weights_sha256
-    files = [Path(pair.get("alignment") or folder / f"{_key(pair, weights, steps, options)}.pt") for pair in pairs]
+    files = [
+        Path(pair.get("alignment") or folder / f"{_key(pair, weights, steps, {**options, 'seed': seed})}.pt")
+        for pair in pairs
+    ]
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
     missing = [(pair, file) for pair, file in zip(pairs, files) if not file.is_file()][rank::size]
     for pair, file in tqdm(missing, "aligning pairs", disable=not (progress and missing and is_first_process())):
         try:
-            write_alignment(file, register(pair["moving"], pair["fixed"], steps, matcher=matcher, **options))
+            trials = torch.Generator().manual_seed(seed)
+            found = register(pair["moving"], pair["fixed"], steps, matcher=matcher, generator=trials, **options)
+            write_alignment(file, found)
         except ValueError as error:
             with atomic_path(file) as temporary:
                 torch.save({"refused": str(error)}, temporary)

@@ -42,6 +42,7 @@ def register_coarse(
     matching: str = "cycle",
     min_score: float = 0.7,
     generator: torch.Generator | None = None,
+    max_residual: float | None = None,
 ) -> Registration:
     """Bend an affine registration so that it follows the matches of the embeddings, smoothly: T(x) = A(x + d(x)).
 
@@ -66,13 +67,16 @@ def register_coarse(
         matching: see there.
         min_score: see there.
         generator: see there.
+        max_residual: mm; matches that the affine misses by more do not take part. None: all do, as published, which is
+            right for good embeddings. A weak one leaves false matches that survive the way back, and d follows them.
 
     Returns:
         Its `report` has the entries of :func:`register_affine`; `folding_share` is that of the voxels of the grid.
 
     Raises:
         FileNotFoundError: an image or a mask that is not there.
-        ValueError: as :func:`register_affine`; or `initial` is of other images or has a displacement already.
+        ValueError: as :func:`register_affine`; or `initial` is of other images or has a displacement already; or
+            `max_residual` leaves no more matches than an affine needs.
     """
     if node_spacing < 1:
         raise ValueError(f"node_spacing must be at least 1 voxel, got {node_spacing}")
@@ -90,6 +94,8 @@ def register_coarse(
         pairs = match_grid(matcher, moving, fixed, moving_mask, fixed_mask, stride, matching, min_score)
         points, report = torch.stack([pairs.fixed, pairs.moving], 1), {**initial.report, "counts": pairs.counts}
         initial = dataclasses.replace(initial, points=points, scores=pairs.scores, report=report)
+    if max_residual is not None:
+        initial = _near(initial, max_residual)
     start = time.perf_counter()
     displacement = _fitted(initial, *_grid(matcher, moving), node_spacing, steps, lr, smoothness)
     result = dataclasses.replace(initial, displacement=displacement)
@@ -103,6 +109,21 @@ def register_coarse(
     }
     report["seconds"] = {**initial.report.get("seconds", {}), "coarse": time.perf_counter() - start}
     return dataclasses.replace(result, report=report)
+
+
+def _near(initial: Registration, max_residual: float) -> Registration:
+    """With the matches that the affine misses by so many mm at most."""
+    residual = (initial.map_points(initial.points[:, 0]) - initial.points[:, 1]).norm(dim=1)
+    kept = residual <= max_residual
+    if int(kept.sum()) <= len(initial.grid_size) + 1:
+        raise ValueError(
+            f"{int(kept.sum())} of {len(kept)} matches lie within max_residual={max_residual} mm of the affine, half "
+            f"of all within {float(residual.median()):.3g} mm: raise max_residual, or stop at the affine"
+        )
+    counts = {**initial.report.get("counts", {}), "max_residual": int(kept.sum())}
+    return dataclasses.replace(
+        initial, points=initial.points[kept], scores=initial.scores[kept], report={**initial.report, "counts": counts}
+    )
 
 
 def _grid(matcher: PointMatcher, image: Any) -> tuple[Tensor, tuple[int, ...]]:

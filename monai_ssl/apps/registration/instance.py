@@ -48,7 +48,8 @@ def optimise_instance(
         eps: of Adam; it keeps steps small where there is nothing to gain.
 
     Returns:
-        normalised displacement (1, n, *size), float32 or as the maps float64: the parameter, up-sampled and filtered three times once more.
+        normalised displacement (1, n, *size), float32, or float64 as the maps: the parameter, up-sampled and
+        filtered three times once more.
 
     Raises:
         ValueError: maps of another number of axes than `size`, of different channels, or a negative number of steps.

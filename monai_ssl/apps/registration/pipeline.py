@@ -45,6 +45,7 @@ def register(
     node_spacing: int = 16,
     coarse_steps: int = 100,
     coarse_smoothness: float = 0.04,
+    max_residual: float | None = None,
     instance_steps: int = 50,
     instance_smoothness: float = 1000.0,
     transform: Callable[..., Any] | None = None,
@@ -71,6 +72,7 @@ def register(
         node_spacing: see :func:`register_coarse`.
         coarse_steps: see there.
         coarse_smoothness: see there.
+        max_residual: see there.
         instance_steps: see :func:`register_instance`.
         instance_smoothness: see there.
         transform: see :func:`register_deform`; None: that of the matcher, if there is one.
@@ -102,7 +104,12 @@ def register(
         "min_score": min_score,
         "generator": generator,
     }
-    coarse: dict[str, Any] = {"node_spacing": node_spacing, "steps": coarse_steps, "smoothness": coarse_smoothness}
+    coarse: dict[str, Any] = {
+        "node_spacing": node_spacing,
+        "steps": coarse_steps,
+        "smoothness": coarse_smoothness,
+        "max_residual": max_residual,
+    }
     instance: dict[str, Any] = {"steps": instance_steps, "smoothness": instance_smoothness}
     calls: dict[str, Callable[[Registration | None], Registration]] = {
         "affine": lambda _: register_affine(**images, **matches),

@@ -10,6 +10,7 @@ from torch import Tensor
 from voxel_fields import SIZE, affine, bent, border_mask, embedding, matcher, same_cells
 
 from monai_ssl.apps import (
+    ImageEmbedding,
     Registration,
     compose_affine,
     fit_coarse_field,
@@ -283,3 +284,24 @@ def test_refusals() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             fit_coarse_field(*arguments)  # type: ignore[arg-type]
+
+
+def test_matches_far_from_the_affine_can_be_left_out() -> None:
+    """Exact matches of the identity and one that is 60 mm wrong: the field bends to it, unless it is left out."""
+    affine = torch.diag(torch.tensor([2.0, 3.0, 4.0, 1.0], dtype=torch.float64))
+    size = (16, 14, 12)
+    image = ImageEmbedding([torch.zeros(2, *size)], affine, size, affine)
+    places = torch.cartesian_prod(*(torch.arange(2.0, length, 3) for length in size)).double()
+    points = torch.stack([places * torch.tensor([2.0, 3.0, 4.0])] * 2, 1)
+    points[0, 1, 0] += 60
+    initial = Registration(torch.eye(4), None, affine, size, points, torch.ones(len(points)), {})
+    options = {"matcher": None, "moving": image, "fixed": image, "initial": initial, "node_spacing": 4}
+    bent = register_coarse(**options)
+    straight = register_coarse(**options, max_residual=30.0)
+    assert float(bent.displacement.abs().max()) > 5
+    assert float(straight.displacement.abs().max()) < 1e-3
+    assert straight.report["counts"]["max_residual"] == len(points) - 1 == len(straight.points)
+    with pytest.raises(ValueError, match="raise max_residual"):
+        register_coarse(
+            **{**options, "initial": dataclasses.replace(initial, affine=2 * torch.eye(4))}, max_residual=0.5
+        )
