@@ -187,15 +187,39 @@ def _errors(maps: Sequence[Tensor], view_affine: Tensor, roi_size: Sequence[int]
             "two rows for each volume"
         )
     points = grid_points(roi_size, stride).double()
-    size = torch.tensor(list(roi_size), dtype=torch.float64)
-    step = size / torch.tensor(maps[0].shape[2:])
     rows = []
     for number, (first, second) in enumerate(view_affine.double().cpu()):
         true = transform_points(torch.linalg.inv(second) @ first, points)
-        shared = ((true >= 0) & (true <= size - 1)).all(1)
         own, other = ([m[row].detach() for m in maps] for row in (number, volumes + number))
-        cells, _score = match_points(own, other, (points[shared] + 0.5) / step - 0.5)
-        found = (cells.cpu() + 0.5) * step - 0.5
-        error = matching_distance(found, true[shared], spacing_of(second))
-        rows.append(torch.stack([error.sum(), torch.tensor(float(len(error)), dtype=torch.float64)]))
+        rows.append(matched_errors(own, other, points, true, roi_size, spacing_of(second)))
     return torch.stack(rows).to(maps[0].device)
+
+
+def matched_errors(
+    own: Sequence[Tensor],
+    other: Sequence[Tensor],
+    points: Tensor,
+    true: Tensor,
+    roi_size: Sequence[int],
+    spacing: Tensor,
+) -> Tensor:
+    """Errors of points of one view that are searched in another, where that shows them.
+
+    Args:
+        own: maps (C, *size) of the view of the points, finest first.
+        other: of the view to search.
+        points: voxels of the view, (P, n) float64.
+        true: where they lie in the other view, likewise.
+        roi_size: voxels of either view.
+        spacing: of the other view, mm, (n,).
+
+    Returns:
+        sum of the errors in mm and number of the points, (2,) float64 on the CPU.
+    """
+    size = torch.tensor(list(roi_size), dtype=torch.float64)
+    step = size / torch.tensor(other[0].shape[1:])
+    shared = ((true >= 0) & (true <= size - 1)).all(1)
+    cells, _score = match_points(own, other, (points[shared] + 0.5) / step - 0.5)
+    found = (cells.cpu() + 0.5) * step - 0.5
+    error = matching_distance(found, true[shared], spacing)
+    return torch.stack([error.sum(), torch.tensor(float(len(error)), dtype=torch.float64)])

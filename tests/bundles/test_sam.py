@@ -53,6 +53,20 @@ def test_match_and_track(bundle: Path, quickly_trained: Trained, scans: Path, tm
     assert (tmp_path / "track" / "a_target.mrk.json").is_file()
 
 
+def test_errors_by_known_warps(quickly_trained: Trained, tmp_path: Path) -> None:
+    """Both errors in the report; the elastic one follows the field, of which a flat one leaves no error to make."""
+    errors = []
+    for amplitude in (60.0, 0.001):
+        options = {**quickly_trained.overrides, "output_dir": str(tmp_path / str(amplitude))}
+        options |= {"elastic_amplitude": amplitude, "elastic_wavelength": 700.0}
+        run(make(quickly_trained.root, *quickly_trained.files, "evaluate.yaml", **options))
+        rows = (tmp_path / str(amplitude) / "metrics.csv").read_text().splitlines()
+        errors.append({name: float(value) for name, value in (row.rsplit(",", 1) for row in rows)})
+    assert errors[0]["MED_mm"] == errors[1]["MED_mm"] > 0
+    assert errors[0]["MED_elastic_mm"] > 20  # mm, a network that has learnt nothing
+    assert errors[1]["MED_elastic_mm"] < 10  # half a cell
+
+
 def test_two_dimensions(bundle: Path, dataset: Path, tmp_path: Path) -> None:
     slices = tmp_path / "slices"
     slices.mkdir()
@@ -66,4 +80,7 @@ def test_two_dimensions(bundle: Path, dataset: Path, tmp_path: Path) -> None:
     assert workflow.check_properties() == []
     run(workflow)
     assert item(workflow, "train#trainer").state.iteration == 2
+    metrics = item(workflow, "validate#evaluator").state.metrics
+    assert 0 < metrics["MED_mm"] < 500
+    assert 0 < metrics["MED_elastic_mm"] < 500
     assert (tmp_path / bundle.name / "models" / "model.pt").is_file()
