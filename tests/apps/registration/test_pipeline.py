@@ -71,7 +71,11 @@ def test_each_step_begins_where_the_one_before_ends() -> None:
     torch.testing.assert_close(result.map_points(points), by_hand.map_points(points), atol=1e-4, rtol=0)
     assert torch.equal(result.points, by_hand.points)
     assert set(result.report) == {*by_hand.report, "steps"}
-    assert set(result.report["steps"]) == {"embed", *STEPS}
+    steps = result.report["steps"]
+    assert set(steps) == {"embed", *STEPS}
+    assert all(entry["seconds"] > 0 for entry in steps.values())
+    assert steps["coarse"]["residual_mean_mm"] < steps["affine"]["residual_mean_mm"]
+    assert steps["instance"]["residual_mean_mm"] == result.report["residual_mean_mm"]
     assert {"match", *STEPS} <= set(result.report["seconds"])
     assert result.report["counts"]["grid"] > 100
 
