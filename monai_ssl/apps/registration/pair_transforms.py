@@ -137,6 +137,10 @@ class RegisteredPaird(MapTransform):
         return d
 
 
+AlignPairD = AlignPairDict = AlignPaird
+RegisteredPairD = RegisteredPairDict = RegisteredPaird
+
+
 def initial_displacement(registration: Registration, moving: MetaTensor, fixed: MetaTensor) -> Tensor:
     """A registration as normalised displacement: for each voxel of fixed its place in moving, minus its own place.
 
