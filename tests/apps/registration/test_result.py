@@ -195,7 +195,8 @@ def test_a_shift_by_one_voxel() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int64])
 def test_labels_stay_labels(dtype: torch.dtype) -> None:
-    labels = torch.randint(0, 4, (1, *AWAY[1]), generator=torch.Generator().manual_seed(0)).to(dtype)
+    largest = torch.iinfo(dtype).max  # which no float32 holds, from int32 on
+    labels = largest - torch.randint(0, 4, (1, *AWAY[1]), generator=torch.Generator().manual_seed(0)).to(dtype)
     found = result(to_away(), rough())
     warped = found.warp(MetaTensor(labels, affine=AWAY[0]), mode="nearest")
     assert warped.dtype == dtype
