@@ -20,8 +20,12 @@ from .point_matching import (
 )
 from .preprocessing import embedding_transform
 from .registration import (
+    AlignPairD,
     AlignPaird,
+    AlignPairDict,
+    RegisteredPairD,
     RegisteredPaird,
+    RegisteredPairDict,
     Registration,
     align_pairs,
     compose,
@@ -43,6 +47,7 @@ from .registration import (
     register_affine,
     register_coarse,
     register_deform,
+    register_files,
     register_instance,
     to_ddf,
     to_normalised,
@@ -50,10 +55,14 @@ from .registration import (
 )
 
 __all__ = [
+    "AlignPairD",
+    "AlignPairDict",
     "AlignPaird",
     "ImageEmbedding",
     "PointMatcher",
     "PointMatches",
+    "RegisteredPairD",
+    "RegisteredPairDict",
     "RegisteredPaird",
     "Registration",
     "align_pairs",
@@ -83,6 +92,7 @@ __all__ = [
     "register_affine",
     "register_coarse",
     "register_deform",
+    "register_files",
     "register_instance",
     "sample_embedding",
     "similarity",

@@ -10,13 +10,26 @@ from .deform import register_deform
 from .fields import compose, folding, from_normalised, jacobian_determinant, to_ddf, to_normalised
 from .instance import optimise_instance, register_instance
 from .model_file import load_registration
-from .pair_transforms import AlignPaird, RegisteredPaird, initial_displacement
+from .pair_transforms import (
+    AlignPairD,
+    AlignPaird,
+    AlignPairDict,
+    RegisteredPairD,
+    RegisteredPaird,
+    RegisteredPairDict,
+    initial_displacement,
+)
 from .pipeline import register
 from .points import foreground_mask, grid_points
+from .register_files import register_files
 from .result import Registration
 
 __all__ = [
+    "AlignPairD",
+    "AlignPairDict",
     "AlignPaird",
+    "RegisteredPairD",
+    "RegisteredPairDict",
     "RegisteredPaird",
     "Registration",
     "align_pairs",
@@ -39,6 +52,7 @@ __all__ = [
     "register_affine",
     "register_coarse",
     "register_deform",
+    "register_files",
     "register_instance",
     "to_ddf",
     "to_normalised",
