@@ -49,7 +49,7 @@ def test_every_slice_is_drawn_in_its_own_partition(num_slices: int) -> None:
         transform.randomize(num_slices)
         for partition, index in enumerate(transform.index.tolist()):
             seen[partition].add(index)
-    assert [sorted(s) for s in seen] == [list(range(a, b)) for a, b in pairwise(partition_bounds(num_slices, 4))]
+    assert [sorted(s) for s in seen] == [list(range(a, b)) for a, b in pairwise(BOUNDS[num_slices])]
 
 
 def test_draws_are_those_of_the_definition() -> None:
