@@ -137,7 +137,7 @@ class Study:
         items = sorted((item for part in parts.values() for item in part), key=lambda item: item["name"])
         random.Random(spec["split_seed"]).shuffle(items)
         self.test, self.pool = items[: spec["num_test"]], items[spec["num_test"] :]
-        self.pairs = registration_pairs({"test": self.test})["test"]
+        self.pairs = registration_pairs({"test": self.test})["test"][: spec["pairs"]]
         held = spec["num_validation"]
         lists = {"training": self.pool[held:], "validation": self.pool[:held]}
         self.lists = {part: [{"image": item["image"]} for item in entries] for part, entries in lists.items()}

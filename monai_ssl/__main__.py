@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from monai_ssl import __version__
 from monai_ssl.bundle_export import export_bundle
 from monai_ssl.matching_commands import add_matching_commands, joined_points
+from monai_ssl.registration_commands import add_registration_command
 
 DESCRIPTION = """Self-supervised pretraining of 3D medical image networks, native to MONAI.
 
@@ -43,6 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("out", metavar="OUT", help="folder to write, absent or empty")
     export.set_defaults(run=_export)
     add_matching_commands(commands)
+    add_registration_command(commands)
     return parser
 
 
