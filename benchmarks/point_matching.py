@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from monai.data import MetaTensor
 from monai.transforms import Compose
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.timing import interleaved
 from monai_ssl.apps import PointMatcher, map_norms, match_points
@@ -55,7 +56,7 @@ def matching(points: int, repeats: int) -> None:
 
 
 def embedding(repeats: int) -> None:
-    """Print the time of embedding a scan against that of the encoder."""
+    """Print the time of embedding a scan against that of the encoder, and what of it the heads explain."""
     encoder = AnisotropicResNet().to(DEVICE).eval()
     matcher = PointMatcher(AnatomicalEmbeddingNet(encoder, encoder.channels).eval(), Compose([]), device=DEVICE)
     slabs = PointMatcher(matcher.network, Compose([]), device=DEVICE, slab_size=SLAB)
@@ -72,7 +73,23 @@ def embedding(repeats: int) -> None:
         encoder(image.as_tensor()[None].to(DEVICE))
         wait()
 
-    alternatives = {"encoder": bare, "embed": lambda: embed(matcher), "embed in slabs": lambda: embed(slabs)}
+    @torch.no_grad()
+    def network() -> None:
+        matcher.network(image.as_tensor()[None].to(DEVICE))
+        wait()
+
+    counts = []
+    for call in (bare, network):
+        with FlopCounterMode(display=False) as counter:
+            call()
+        counts.append(counter.get_total_flops())
+    print(f"  the network with its heads has {counts[1] / counts[0]:.2f} of the encoder's operations")
+    alternatives = {
+        "encoder": bare,
+        "network": network,
+        "embed": lambda: embed(matcher),
+        "embed in slabs": lambda: embed(slabs),
+    }
     seconds = interleaved(alternatives, repeats)
     for name, value in seconds.items():
         print(

@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from monai_ssl.transforms.linear_resize import resize_linear
+
 __all__ = ["checked_index", "finest_size", "map_norms", "resized", "sample_embedding", "similarity"]
 
 _CHANNELS = 16  # of a coarse map that are up-sampled at a time
-_LINEAR = {2: "bilinear", 3: "trilinear"}
 
 
 def sample_embedding(maps: Sequence[Tensor], index: Tensor, align_corners: bool = False) -> list[Tensor]:
@@ -105,14 +106,12 @@ def similarity(
 
 def resized(values: Tensor, size: tuple[int, ...], align_corners: bool = False) -> Tensor:
     """(P, *s) -> (P, *size), linear."""
-    if tuple(values.shape[1:]) == size or not len(values):
-        return values if len(values) else values.new_zeros(0, *size)
-    return F.interpolate(values[None], size=size, mode=_LINEAR[len(size)], align_corners=align_corners)[0]
+    return values if tuple(values.shape[1:]) == size else resize_linear(values, size, align_corners)
 
 
 def finest_size(maps: Sequence[Tensor]) -> tuple[int, ...]:
     """Of the first map, (*size); ValueError where the list is no list of maps, finest first."""
-    if not len(maps) or any(m.ndim != maps[0].ndim for m in maps) or maps[0].ndim - 1 not in _LINEAR:
+    if not len(maps) or any(m.ndim != maps[0].ndim for m in maps) or maps[0].ndim - 1 not in (2, 3):
         raise ValueError(
             f"maps must be (C, *size) with 2 or 3 axes, finest first, got {[tuple(m.shape) for m in maps]}"
         )

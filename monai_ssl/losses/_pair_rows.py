@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from ..transforms.linear_resize import resize_linear
 from ..transforms.view_geometry import nearest_correspondence, spacing_of, voxel_index
 
 __all__ = ["Pairing", "Rows", "Scores", "make_rows", "pair_views", "single_scores", "summed_scores", "within"]
@@ -93,8 +93,7 @@ def summed_scores(fine: Tensor, coarse: Tensor, anchors: Tensor) -> Scores:
         anchors: cells of the own view, (2, A).
     """
     size = tuple(fine.shape[2:])
-    weights = [_linear_weights(coarse, old, new) for old, new in zip(coarse.shape[2:], size)]
-    views = [(fine[v].flatten(1), coarse[v], *_lengths_and_vectors(coarse[v], weights, anchors[v])) for v in range(2)]
+    views = [(fine[v].flatten(1), coarse[v], *_lengths_and_vectors(coarse[v], size, anchors[v])) for v in range(2)]
     query = torch.cat([own[:, cells] for (own, *_), cells in zip(views, anchors)], 1).T  # (2A, C)
     coarse_query = torch.cat([vectors for *_, vectors in views], 1).T  # (2A, D)
 
@@ -103,30 +102,17 @@ def summed_scores(fine: Tensor, coarse: Tensor, anchors: Tensor) -> Scores:
         for (own, values, length, _), columns in zip(views, total.chunk(2, 1)):
             torch.mm(query[part], own, out=columns)
             product = (coarse_query[part] @ values.flatten(1)).unflatten(1, values.shape[1:])  # (rows, *t)
-            columns.addcdiv_(_enlarged(product, weights).flatten(1), length)
+            columns.addcdiv_(resize_linear(product, size).flatten(1), length)
         return total
 
     return score
 
 
-def _linear_weights(like: Tensor, old: int, new: int) -> Tensor:
-    """Matrix (old, new) by which linear interpolation takes the cells of an axis to another number of cells."""
-    unit = torch.eye(old, dtype=like.dtype, device=like.device)
-    return F.interpolate(unit[None], size=new, mode="linear", align_corners=False)[0]
-
-
-def _enlarged(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    """(R, *t) -> (R, *s), axis by axis: the numbers of `F.interpolate`, in a tenth of the time."""
-    for weight in weights:
-        x = torch.tensordot(x, weight, dims=([1], [0]))  # the axis moves to the end, so the next one is the first
-    return x
-
-
-def _lengths_and_vectors(values: Tensor, weights: Sequence[Tensor], cells: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the vectors (D, *t) after interpolation: lengths (N,), and at some cells the unit vectors (D, A)."""
+def _lengths_and_vectors(values: Tensor, size: Sequence[int], cells: Tensor) -> tuple[Tensor, Tensor]:
+    """Of vectors (D, *t) brought to a size: lengths (N,), and at some cells the unit vectors (D, A)."""
     squares, picked = values.new_zeros(()), []
     for channels in values.split(CHANNELS):
-        large = _enlarged(channels, weights).flatten(1)
+        large = resize_linear(channels, size).flatten(1)
         squares = squares + large.square().sum(0)
         picked.append(large[:, cells])
     length = squares.sqrt().clamp_min(EPS)

@@ -147,7 +147,8 @@ def test_nothing_to_be_seen(what: str) -> None:
     """Neither interpolation nor padding may tell which cells correspond.
 
     Padding tells the place in a view; where the view nearly fills the volume this is the place in the body. So the
-    volume is 400 voxels wide: global losses 0.02 to 0.09 below chance with different seeds, and 0.17 in 180 x 200.
+    volume is 400 voxels wide: over the last 100 steps the global loss was 0.04 to 0.07 below chance with 14 seeds (over
+    the last 50 alone, which is noisier, up to 0.095), 0.003 and less in 600 x 600, and 0.17 in 180 x 200.
     """
     cut, generator = pairs([torch.full((1, 400, 400), 0.5)] * BATCH, 1, overlap_prob=1.0), torch.Generator()
 
@@ -158,5 +159,5 @@ def test_nothing_to_be_seen(what: str) -> None:
         return image, image_2, affine
 
     fine, coarse = train(network(1), views, 200)
-    assert abs(mean_of_last(fine, 50) - CHANCE[0]) <= 0.01
-    assert mean_of_last(coarse, 50) >= CHANCE[1] - 0.1
+    assert abs(mean_of_last(fine, 100) - CHANCE[0]) <= 0.01
+    assert mean_of_last(coarse, 100) >= CHANCE[1] - 0.1
