@@ -225,11 +225,10 @@ class Study:
             )
         )
         self.measure("+ VoxelMorph", deform(network), "+ coarse")
+        self.measure("VoxelMorph after ITK affine", deform(self.plain_voxelmorph(matcher, seed)), "ITK affine")
         instance = lambda pair, before: register_instance(matcher, pair["moving"], pair["fixed"], initial=before)
         self.measure("+ instance", instance, "+ VoxelMorph")
-        self.measure("coarse + instance", instance, "+ coarse")
-        self.measure("VoxelMorph after ITK affine", deform(self.plain_voxelmorph(matcher, seed)), "ITK affine")
-        methods = ["initial", "ITK affine", "SAM-affine", "+ coarse", "+ VoxelMorph", "+ instance", "coarse + instance"]
+        methods = ["initial", "ITK affine", "SAM-affine", "+ coarse", "+ VoxelMorph", "+ instance"]
         return "\n".join([*self.header(), *(self.row(m) for m in [*methods, "VoxelMorph after ITK affine"])])
 
     def plain_voxelmorph(self, matcher: PointMatcher, seed: int) -> RegistrationUNet:

@@ -189,7 +189,7 @@ def test_blocks_of_a_file(tmp_path: Path) -> None:
     for file in others:
         with pytest.raises(ValueError, match=rf"{file.name} does not say how many decoder blocks .* unet_encoder.pt"):
             trained_blocks(file)
-    with pytest.raises(FileNotFoundError, match=r"no such checkpoint: run the training that writes it first.*absent.pt"):
+    with pytest.raises(FileNotFoundError, match=r"no such checkpoint: run the training that writes it.*absent.pt"):
         trained_blocks(tmp_path / "absent.pt")
 
 

@@ -36,7 +36,9 @@ def by_hand(source: Tensor, target: Tensor, size: tuple[int, ...], steps: int, l
             field = torch.cat([CONV[n](field[:, c : c + 1], box, padding=1) for c in range(n)], 1)
         return field
 
-    identity = torch.stack(torch.meshgrid(*[torch.linspace(-1, 1, c, dtype=torch.float64) for c in cells], indexing="ij"))[None]
+    identity = torch.stack(
+        torch.meshgrid(*[torch.linspace(-1, 1, c, dtype=torch.float64) for c in cells], indexing="ij")
+    )[None]
     p, mean, square = (torch.zeros(1, n, *cells).double() for _ in range(3))
     for step in range(1, steps + 1):
         p.requires_grad_()
