@@ -73,10 +73,23 @@ def test_stable_matches_lie_in_masks_at_both_ends() -> None:
 
 @pytest.mark.parametrize("matching", ["cycle", "stable"])
 def test_chunks(matching: str) -> None:
-    a, b = (match_grid(matcher(size), MOVING, FIXED, matching=matching) for size in (7, 10**6))
+    a, b = (match_grid(matcher(size), MOVING, FIXED, stride=12, matching=matching) for size in (25, 10**6))
     torch.testing.assert_close(a.moving, b.moving)
     torch.testing.assert_close(a.fixed, b.fixed, atol=1e-4, rtol=0)
     assert a.counts == b.counts
+
+
+@pytest.mark.parametrize("matching", ["cycle", "stable"])
+def test_padding_is_no_answer(matching: str) -> None:
+    """Of 64 voxels that the maps cover, 50 are the image: its last cell lies at 48.5, and its border at 49.5."""
+    padded = dataclasses.replace(FIXED, size=(32, 48, 50), padded_size=SIZE)
+    found = match_grid(matcher(), MOVING, padded, matching=matching)
+    assert 45 < found.fixed[:, 2].max() <= 48.5
+    padded = dataclasses.replace(MOVING, size=(32, 48, 46), padded_size=SIZE)
+    end = torch.zeros(32, 48, 46, dtype=torch.bool)
+    end[..., 40:] = True
+    found = match_grid(matcher(), padded, FIXED, end, stride=4, matching=matching)
+    assert found.moving[:, 2].max() == {"cycle": 45, "stable": 44.5}[matching]  # a grid point, the last cell
 
 
 def test_exact_on_other_grids() -> None:
