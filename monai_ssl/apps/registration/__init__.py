@@ -8,6 +8,7 @@ from .alignment import align_pairs, load_embedder, read_alignment, write_alignme
 from .coarse import compose_affine, fit_coarse_field, register_coarse
 from .deform import register_deform
 from .fields import compose, folding, from_normalised, jacobian_determinant, to_ddf, to_normalised
+from .file_registration import register_files
 from .instance import optimise_instance, register_instance
 from .model_file import load_registration
 from .pair_transforms import (
@@ -21,7 +22,6 @@ from .pair_transforms import (
 )
 from .pipeline import register
 from .points import foreground_mask, grid_points
-from .register_files import register_files
 from .result import Registration
 
 __all__ = [

@@ -51,7 +51,7 @@ def test_what_the_steps_are_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         seen.append(options)
         raise KeyError
 
-    monkeypatch.setattr(import_module("monai_ssl.apps.registration.register_files"), "register", fake)
+    monkeypatch.setattr(import_module("monai_ssl.apps.registration.file_registration"), "register", fake)
     for seed in (0, 7):
         with pytest.raises(KeyError):
             register_files(moving, fixed, model, tmp_path, " affine, coarse", seed=seed, stride=3, method="ransac")
