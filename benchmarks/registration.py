@@ -190,7 +190,8 @@ class Study:
         return self.out / "pairs" / method / f"{number:02d}.pt"
 
     def row(self, method: str) -> str:
-        rows = [json.loads(f.read_text()) for f in sorted((self.out / "pairs" / method).glob("*.json"))]
+        files = sorted((self.out / "pairs" / method).glob("*.json"))[: len(self.pairs)]
+        rows = [json.loads(file.read_text()) for file in files]
         means = [statistics.mean(row["dice"].values()) for row in rows]
         single = [[row["dice"][str(v)] for row in rows if str(v) in row["dice"]] for v in self.spec["labels"]]
         cells = " | ".join(f"{statistics.mean(values):.3f}" for values in single)
