@@ -11,11 +11,14 @@ from typing import Any
 import nibabel
 import numpy as np
 import pytest
+import torch
+from monai.bundle import ConfigParser
+from monai.transforms import Compose, RandGaussianNoised
 
 from monai_ssl.apps import load_matcher
 
 from .conftest import Trained
-from .running import copy_bundle, item, make, run
+from .running import copy_bundle, item, load_config, make, run
 from .settings import CPU, SAM
 
 pytestmark = pytest.mark.parametrize("bundle", ["sam_resnet18_ct"], indirect=True)
@@ -51,6 +54,28 @@ def test_match_and_track(bundle: Path, quickly_trained: Trained, scans: Path, tm
     with (tmp_path / "track" / "tracking.csv").open(newline="") as stream:
         assert float(next(csv.DictReader(stream))["distance_mm"]) < 18  # half a cell along each axis
     assert (tmp_path / "track" / "a_target.mrk.json").is_file()
+
+
+def test_views_are_changed_each_by_itself(bundle: Path) -> None:
+    """Noise that both views share would tell which voxels correspond."""
+    config = load_config(bundle, "train.yaml")
+    for part in ("intensities", "intensities_2"):
+        for transform in config[part]:
+            transform["prob"] = 1.0
+    parser = ConfigParser({name: config[name] for name in ("imports", "intensities", "intensities_2")})
+    parser.get_parsed_content("imports")
+    views = [parser.get_parsed_content(part) for part in ("intensities", "intensities_2")]
+    assert [type(t) for t in views[0]] == [type(t) for t in views[1]]
+    assert [{key for t in part for key in t.keys} for part in views] == [{"image"}, {"image_2"}]
+    flat = torch.full((1, 12, 20, 24), 40.0)
+    for seed in range(3):
+        for change, change_2 in zip(*views):
+            both = Compose([change, change_2]).set_random_state(seed)
+            out = both({"image": flat.clone(), "image_2": flat.clone()})
+            pair = torch.stack([out[key].as_subclass(torch.Tensor).flatten() for key in ("image", "image_2")])
+            if isinstance(change, RandGaussianNoised):
+                assert abs(float(torch.corrcoef(pair)[0, 1])) < 0.1
+            assert (pair[0] - pair[1]).abs().max() > 0.1
 
 
 def test_errors_by_known_warps(quickly_trained: Trained, tmp_path: Path) -> None:
