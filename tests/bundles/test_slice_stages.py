@@ -97,14 +97,14 @@ def test_dice_of_a_case_without_a_class(bundle: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(found, expected, equal_nan=True, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("axis", [2, 0])
-def test_crops_in_3d(bundle: Path, dataset: Path, tmp_path: Path, axis: int) -> None:
-    """Two iterations on crops of 32 x 24 in the plane and 8 slices; the file fits MONAI's U-Net with three axes."""
+def test_crops_in_3d(bundle: Path, dataset: Path, tmp_path: Path) -> None:
+    """Two iterations on crops of 8 slices along the first axis and 32 x 24 in the plane; the file fits MONAI's U-Net
+    with three axes."""
     root = copy_bundle(bundle, tmp_path)
-    options = {**TINY, "plane_size": [32, 24], "thickness": 8, "slice_distance": -1.0, "axis": axis}
+    options = {**TINY, "plane_size": [32, 24], "thickness": 8, "slice_distance": -1.0, "axis": 0}
     workflow = run(make(root, "train.yaml", "crops_3d.yaml", **{**options, "dataset_dir": str(dataset)}))
     assert item(workflow, "train#trainer").state.iteration == 2
-    size = [8, 32, 24] if axis == 0 else [32, 24, 8]
+    size = [8, 32, 24]
     batch = next(iter(item(workflow, "train#dataloader")))
     assert batch["image"].shape == (2 * 4, 2, 1, *size)
     assert batch["partition"].tolist() == [0, 1, 2, 3] * 2
