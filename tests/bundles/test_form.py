@@ -185,7 +185,8 @@ def test_readme_names_parameters_that_exist(bundle: Path) -> None:
         if "-m monai_ssl" in line:  # a command of the package
             continue
         alone = next((file for file in STANDING_ALONE if file in line), None)
-        own = config if alone is None else load_config(bundle, alone)
+        combined = re.findall(r"'configs/(\w+\.yaml)'", line) or ["train.yaml"]
+        own = load_config(bundle, *([alone] if alone else combined))
         for option in re.findall(r" --(?!config_file|tracking|standalone|nproc|nnodes|node_rank|rdzv)(\w+)", line):
             assert option in own, f"--{option}"
 

@@ -56,6 +56,25 @@ def test_match_and_track(bundle: Path, quickly_trained: Trained, scans: Path, tm
     assert (tmp_path / "track" / "a_target.mrk.json").is_file()
 
 
+def test_evaluation_of_pairs(
+    bundle: Path, quickly_trained: Trained, scans: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Lesions with known places, in the same run as the errors on views."""
+    template = min(scans.iterdir())
+    points = [inside(template)]
+    entry = {"id": "a", "source": str(template), "target": str(template), "points": points, "truth": points}
+    (tmp_path / "pairs.json").write_text(json.dumps([{**entry, "radius_mm": 30}]))
+    options = {**quickly_trained.overrides, "output_dir": str(tmp_path), "pairs": str(tmp_path / "pairs.json")}
+    run(make(quickly_trained.root, *quickly_trained.files, "evaluate.yaml", **options))
+    assert "MED_elastic_mm" in (tmp_path / "metrics.csv").read_text()
+    summary = json.loads((tmp_path / "tracking.json").read_text())["summary"]
+    assert summary["MED_mm"] < 18  # half a cell along each axis
+    assert summary["CPM@Radius"] == 1
+    printed = capfd.readouterr().out
+    for name in ("MED_mm", "CPM@10mm_plain", "CPM@10mm_min_radius", "CPM@Radius"):
+        assert f"'{name}': {summary[name]}" in printed
+
+
 def test_views_are_changed_each_by_itself(bundle: Path) -> None:
     """Noise that both views share would tell which voxels correspond."""
     config = load_config(bundle, "train.yaml")
