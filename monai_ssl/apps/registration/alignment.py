@@ -98,7 +98,8 @@ def align_pairs(
         for pair in pairs
     ]
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
-    missing = [(pair, file) for pair, file in zip(pairs, files) if not file.is_file()][rank::size]
+    # shared out before looking: other processes may have written some of theirs by now
+    missing = [(pair, file) for pair, file in list(zip(pairs, files))[rank::size] if not file.is_file()]
     for pair, file in tqdm(missing, "aligning pairs", disable=not (progress and missing and is_first_process())):
         try:
             trials = torch.Generator().manual_seed(seed)

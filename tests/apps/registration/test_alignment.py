@@ -205,6 +205,28 @@ def test_pairs_are_aligned_once_and_those_that_cannot_be_are_left_out(
         align_pairs(pairs[1:], matcher, folder, progress=False, min_score=0.5)
 
 
+def test_each_process_takes_its_share_whatever_the_others_have_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first process has written its pair before the second one looks for files: that one still does its own."""
+    from monai_ssl.apps.registration import alignment
+
+    calls: list[str] = []
+
+    def register(moving: str, *_: Any, **__: Any) -> Registration:
+        calls.append(moving)
+        return registration()
+
+    monkeypatch.setattr(alignment, "register", register)
+    pairs, matcher, folder = pairs_of(tmp_path), PointMatcher(embedder(), device="cpu"), tmp_path / "kept"
+    align_pairs(pairs[:1], matcher, folder, progress=False)
+    for name, value in {"is_initialized": True, "get_rank": 1, "get_world_size": 2, "barrier": None}.items():
+        monkeypatch.setattr(alignment.dist, name, lambda value=value: value)
+    found = align_pairs(pairs, matcher, folder, progress=False)
+    assert [pair["name"] for pair in found] == ["a to b", "b to a"]
+    assert calls == [pairs[0]["moving"], pairs[1]["moving"]]
+
+
 def test_without_steps_scans_lie_in_one_world_and_known_alignments_are_kept(tmp_path: Path) -> None:
     pairs, matcher = pairs_of(tmp_path), PointMatcher(embedder(), device="cpu")
     write_alignment(tmp_path / "known.pt", registration())
