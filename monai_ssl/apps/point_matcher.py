@@ -11,14 +11,13 @@ from typing import Any, NamedTuple
 
 import torch
 from monai.data import MetaTensor
-from monai.data.utils import to_affine_nd
 from torch import Tensor, nn
 
 from .embedding_file import read_embedding, write_embedding
 from .image_embedding import ImageEmbedding, body_cells, from_ras, tensor_digest, to_ras
 from .network_maps import network_maps, slab_halo, total_stride
 from .point_matching import match_points, similarity_map
-from .preprocessing import embedding_transform, image_name, load_image
+from .preprocessing import affine_of, embedding_transform, image_name, load_image
 
 __all__ = ["PointMatcher", "PointMatches", "check_filters"]
 
@@ -110,7 +109,7 @@ class PointMatcher:
             ValueError: the image cannot be read, has other channels than the network takes, or holds NaN.
         """
         source, prepared = self._prepare(image)
-        voxels, affine = prepared.as_tensor().float(), _affine(prepared)
+        voxels, affine = prepared.as_tensor().float(), affine_of(prepared)
         key = tensor_digest(voxels, affine, self.weights_sha256, self.body_threshold)
         file = None if self.cache_dir is None else self.cache_dir / f"{key}.pt"
         embedding = self._recent.pop(key, None)
@@ -123,7 +122,7 @@ class PointMatcher:
         self._recent[key] = embedding
         while len(self._recent) > _IN_MEMORY:
             self._recent.popitem(last=False)
-        return dataclasses.replace(embedding, source_affine=_affine(source), source_size=tuple(source.shape[1:]))
+        return dataclasses.replace(embedding, source_affine=affine_of(source), source_size=tuple(source.shape[1:]))
 
     def match(
         self,
@@ -165,11 +164,11 @@ class PointMatcher:
                 f"points outside of {image_name(query, 'their image')}, rows {rows}: {_shown(given[rows])}; "
                 f"in {space} it lies between {low} and {high}: are the points in this space, x, y, z in this order?"
             )
-        found, score = self._search(first, second, known)
+        found, score = self.search(first, second, known)
         accepted = first.in_body(known) & second.in_body(found)
         error = None
         if cycle or max_cycle_mm is not None:
-            back, _score = self._search(second, first, found)
+            back, _score = self.search(second, first, found)
             error = (back - known).square().sum(1).sqrt()
             accepted &= error <= (float("inf") if max_cycle_mm is None else max_cycle_mm)
         if min_score is not None:
@@ -197,8 +196,17 @@ class PointMatcher:
         """The embedding itself, or that of an image."""
         return image if isinstance(image, ImageEmbedding) else self.embed(image)
 
-    def _search(self, first: ImageEmbedding, second: ImageEmbedding, points: Tensor) -> tuple[Tensor, Tensor]:
-        """RAS mm of the first image -> RAS mm of the second, and scores."""
+    def search(self, first: ImageEmbedding, second: ImageEmbedding, points: Tensor) -> tuple[Tensor, Tensor]:
+        """Points of one embedded image found in another, without any filter.
+
+        Args:
+            first: image in which the points are known.
+            second: image to search.
+            points: (P, n), RAS mm.
+
+        Returns:
+            where they are found, (P, n) float64 in RAS mm, and the similarities (P,).
+        """
         cells, score = match_points(
             first.maps,
             second.maps,
@@ -256,11 +264,6 @@ def _device(device: torch.device | str | None) -> torch.device:
         return torch.zeros(0, device=chosen).device
     except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
         raise ValueError(f"device {chosen} cannot be used: {str(error).splitlines()[0]}") from error
-
-
-def _affine(image: MetaTensor) -> Tensor:
-    """Index -> RAS mm, float64; MONAI keeps 4 x 4 for pictures too."""
-    return torch.as_tensor(to_affine_nd(image.ndim - 1, image.affine.cpu().double().numpy()), dtype=torch.float64)
 
 
 def _points(points: Any, rank: int) -> Tensor:

@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from monai.data import MetaTensor
+from monai.data.utils import to_affine_nd
 from monai.transforms import (
     Compose,
     EnsureChannelFirst,
@@ -22,7 +24,7 @@ from monai.utils import ensure_tuple_rep
 
 from monai_ssl.data.dicom import itk_loading
 
-__all__ = ["DEFAULT", "embedding_transform", "image_name", "load_image"]
+__all__ = ["DEFAULT", "affine_of", "embedding_transform", "image_name", "load_image"]
 
 DEFAULT: dict[str, Any] = {
     "orientation": "SPL",
@@ -95,6 +97,11 @@ def load_image(image: Any, spatial_dims: int | None = None) -> MetaTensor:
     if min(image.shape) < 1:
         raise ValueError(f"{name} is empty: {tuple(image.shape)}")
     return image
+
+
+def affine_of(image: MetaTensor) -> torch.Tensor:
+    """Index -> RAS mm of an image (C, *size), (n + 1, n + 1) float64 on the CPU; MONAI keeps 4 x 4 for pictures too."""
+    return torch.as_tensor(to_affine_nd(image.ndim - 1, image.affine.cpu().double().numpy()), dtype=torch.float64)
 
 
 def image_name(image: Any, otherwise: str = "the image") -> str:

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from monai_ssl.transforms.normalised_fields import identity_field, sample_field
+
 from ._precision import full_precision
 
 _LINEAR = {2: "bilinear", 3: "trilinear"}
@@ -31,17 +33,13 @@ def places_in_moving(displacement: Tensor, initial: Tensor | None = None) -> Ten
         initial: the pre-alignment less the identity, normalised, (B, n, *nodes); None: the identity.
     """
     step = normalised(displacement)
-    axes = [torch.linspace(-1, 1, size, dtype=step.dtype, device=step.device) for size in step.shape[2:]]
-    inner = torch.stack(torch.meshgrid(*axes, indexing="ij")) + step
+    inner = identity_field(step.shape[2:], step) + step
     return inner if initial is None else inner + sample(initial, inner)
 
 
 def sample(values: Tensor, places: Tensor, align_corners: bool = True) -> Tensor:
-    """Values (B, C, *size) at normalised places (B, n, *out), linear; the border continues outwards."""
-    grid = places.flip(1).movedim(1, -1)  # x, y, z last
-    return F.grid_sample(
-        full_precision(values).to(grid.dtype), grid, padding_mode="border", align_corners=align_corners
-    )
+    """Values (B, C, *size) at normalised places (B, n, *out) in full precision; the border continues outwards."""
+    return sample_field(full_precision(values).to(places.dtype), places, align_corners=align_corners)
 
 
 def warped_map(values: Tensor, places: Tensor, cells: Sequence[int], moving_size: Sequence[int]) -> Tensor:

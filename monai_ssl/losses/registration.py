@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..networks.blocks.velocity_field import integrate_velocity
+from monai_ssl.networks.blocks.velocity_field import integrate_velocity
+
 from ._precision import full_precision, no_autocast
 from ._warping import normalised, places_in_moving, sample, warped_map
 

@@ -11,8 +11,8 @@ import torch
 from monai.networks.utils import eval_mode
 from torch import Tensor, nn
 
-from monai_ssl.apps.registration.fields import sample_field, to_normalised
 from monai_ssl.apps.registration.points import grid_points
+from monai_ssl.transforms.normalised_fields import sample_field, to_normalised
 from monai_ssl.transforms.view_geometry import spacing_of, voxel_index
 
 from .matching_error import MatchingErrorMetric, matched_errors

@@ -34,15 +34,11 @@ class FoldingMetric(CumulativeIterationMetric):
         self.statistic = statistic
 
     def _compute_tensor(self, y_pred: Tensor, y: Tensor | None = None, **kwargs: Any) -> Tensor:
-        from monai_ssl.apps.registration import jacobian_determinant  # apps is built on metrics
+        from monai_ssl.apps.registration import folding  # apps is built on metrics
 
-        rows = []
-        for det in jacobian_determinant(y_pred.as_subclass(Tensor)):
-            positive = det > 0
-            rows.append(
-                (~positive).double().mean() if self.statistic == "folding" else det[positive].log().std(correction=0)
-            )
-        return torch.stack(rows).double()[:, None]
+        name = {"folding": "folding_share", "sdlogj": "sdlogj"}[self.statistic]
+        rows = [folding(ddf[None])[name] for ddf in y_pred.as_subclass(Tensor)]
+        return torch.tensor(rows, dtype=torch.float64)[:, None]
 
     def aggregate(self) -> Tensor:
         """Mean over all pairs so far, 0-dim."""

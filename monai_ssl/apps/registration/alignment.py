@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor, nn
+from monai.data.utils import pickle_hashing
+from torch import nn
 from tqdm import tqdm
 
 from monai_ssl.data.files import atomic_path, file_signature, is_first_process
 from monai_ssl.networks import load_pretrained
 from monai_ssl.networks.state_file import load_file, read_state_dict
+from monai_ssl.transforms.linear_resize import resize_linear
 
 from ..image_embedding import tensor_digest
 from ..point_matcher import PointMatcher
@@ -80,7 +81,8 @@ def align_pairs(
     Args:
         pairs: with "moving", "fixed" and "name"; one that has an "alignment" keeps it.
         matcher: embeds the images.
-        cache_dir: folder of the files. They depend on the images, the network, the steps and the options.
+        cache_dir: folder of the files. They depend on the images, the network, its
+            transform, the steps and the options.
         steps: of :func:`register`: "affine", "coarse"; none: images are taken to lie in one space.
         progress: show a bar.
         seed: of the trials of method "ransac", for each pair anew.
@@ -92,11 +94,12 @@ def align_pairs(
     Raises:
         ValueError: no pair can be aligned, with the first reason.
     """
-    folder, weights = Path(cache_dir), matcher.weights_sha256
-    files = [
-        Path(pair.get("alignment") or folder / f"{_key(pair, weights, steps, {**options, 'seed': seed})}.pt")
-        for pair in pairs
-    ]
+    folder = Path(cache_dir)
+    known = tensor_digest(
+        matcher.weights_sha256, _transform_digest(matcher), matcher.body_threshold, tuple(steps), seed,
+        sorted(options.items()),
+    )  # fmt: skip
+    files = [Path(pair.get("alignment") or folder / f"{_key(pair, known)}.pt") for pair in pairs]
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
     # shared out before looking: other processes may have written some of theirs by now
     missing = [(pair, file) for pair, file in list(zip(pairs, files))[rank::size] if not file.is_file()]
@@ -132,7 +135,7 @@ def write_alignment(file: str | Path, result: Registration) -> None:
     content = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
     if result.displacement is not None:
         nodes = [max(2, (length - 1) // _NODE + 1) for length in result.grid_size]
-        content["displacement"] = _resized(result.displacement, nodes)
+        content["displacement"] = resize_linear(result.displacement, nodes, align_corners=True)
     content["grid_size"], content["report"] = list(result.grid_size), {}
     with atomic_path(Path(file)) as temporary:
         torch.save(content, temporary)
@@ -153,15 +156,20 @@ def read_alignment(file: str | Path) -> Registration:
         raise ValueError(f"{file} holds no registration: it was not written by write_alignment")
     content["grid_size"] = tuple(content["grid_size"])
     if content["displacement"] is not None:
-        content["displacement"] = _resized(content["displacement"], content["grid_size"])
+        content["displacement"] = resize_linear(content["displacement"], content["grid_size"], align_corners=True)
     return Registration(**content)
 
 
-def _key(pair: Mapping[str, Any], weights: str, steps: Sequence[str], options: Mapping[str, Any]) -> str:
-    images = [file_signature(pair[role]) for role in ("moving", "fixed")]
-    return tensor_digest(images, weights, tuple(steps), sorted(options.items()))
+def _key(pair: Mapping[str, Any], known: str) -> str:
+    return tensor_digest([file_signature(pair[role]) for role in ("moving", "fixed")], known)
 
 
-def _resized(field: Tensor, size: Sequence[int]) -> Tensor:
-    mode = {2: "bilinear", 3: "trilinear"}[field.ndim - 1]
-    return F.interpolate(field[None], tuple(size), mode=mode, align_corners=True)[0]
+def _transform_digest(matcher: PointMatcher) -> str:
+    """Spacing and intensities decide on the result as the weights do."""
+    try:
+        return pickle_hashing(matcher.transform).decode()
+    except Exception as error:  # pickle raises PicklingError, AttributeError or TypeError
+        raise ValueError(
+            f"the transform of matcher must be one that can be pickled, to know its results again ({error}): replace a "
+            "lambda by a function of a module"
+        ) from error

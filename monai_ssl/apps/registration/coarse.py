@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from monai.data.utils import to_affine_nd
 from torch import Tensor
 
+from monai_ssl.transforms.linear_resize import resize_linear
 from monai_ssl.transforms.view_geometry import transform_points
 
 from ..image_embedding import ImageEmbedding
 from ..point_matcher import PointMatcher
+from ..preprocessing import affine_of
 from .affine import normalised_affine, register_affine
 from .coarse_fit import compose_affine, fit_coarse_field
 from .fields import folding, to_normalised
@@ -131,8 +131,7 @@ def _grid(matcher: PointMatcher, image: Any) -> tuple[Tensor, tuple[int, ...]]:
     if isinstance(image, ImageEmbedding):
         return image.affine.double(), tuple(image.size)
     prepared = matcher.prepare(image)
-    affine = to_affine_nd(prepared.ndim - 1, prepared.affine.cpu().double().numpy())
-    return torch.as_tensor(affine, dtype=torch.float64), tuple(prepared.shape[1:])
+    return affine_of(prepared), tuple(prepared.shape[1:])
 
 
 def _fitted(
@@ -154,5 +153,4 @@ def _fitted(
     _, disp = fit_coarse_field(source, target, affine, nodes, steps, lr, smoothness)
     extent = torch.tensor([(length - 1) / 2 for length in size], dtype=torch.float64)
     field = torch.einsum("ij,bj...->bi...", to_world[:-1, :-1] * extent, disp).float()
-    mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[len(size)]
-    return F.interpolate(field, size=tuple(size), mode=mode, align_corners=True)[0]
+    return resize_linear(field[0], size, align_corners=True)

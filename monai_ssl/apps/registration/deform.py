@@ -11,14 +11,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from monai.data import MetaTensor
-from monai.data.utils import to_affine_nd
 from monai.networks.utils import eval_mode
 from torch import Tensor, nn
 
 from monai_ssl.networks import EmbeddingRegistrationNet, RegistrationUNet
 
 from ..network_maps import total_stride
-from ..preprocessing import embedding_transform, image_name, load_image
+from ..preprocessing import affine_of, embedding_transform, image_name, load_image
 from .inner_step import after_inner_step, on_grid
 from .result import Registration
 
@@ -63,8 +62,7 @@ def register_deform(
     transform = embedding_transform(None, n) if transform is None else transform
     device = next(network.parameters()).device
     target, source = (_prepared(image, transform, n).to(device) for image in (fixed, moving))
-    affine = torch.as_tensor(to_affine_nd(n, target.affine.cpu().double().numpy()), dtype=torch.float64)
-    placed = on_grid(initial, affine, target.shape[1:])
+    placed = on_grid(initial, affine_of(target), target.shape[1:])
     pair = torch.cat([placed.warp(source).as_tensor(), target.as_tensor()])
     if unet is network and window is not None:
         low, high = window

@@ -7,11 +7,10 @@ Normalised coordinates run from -1 at the centre of the first voxel of an axis t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from monai_ssl.transforms.normalised_fields import from_normalised, identity_field, sample_field, to_normalised
 
 __all__ = [
     "compose",
@@ -19,56 +18,13 @@ __all__ = [
     "from_normalised",
     "identity_field",
     "jacobian_determinant",
+    "jacobian_statistics",
     "sample_field",
     "to_ddf",
     "to_normalised",
 ]
 
-
-def to_normalised(index: Tensor, size: Sequence[int]) -> Tensor:
-    """2 i / (N - 1) - 1.
-
-    Args:
-        index: voxels in the last dimension, (..., n).
-        size: voxels along each axis, n in all, at least 2 each.
-
-    Returns:
-        (..., n), floating.
-    """
-    return index * (2 / _extent(index, size)) - 1
-
-
-def from_normalised(points: Tensor, size: Sequence[int]) -> Tensor:
-    """The inverse of :func:`to_normalised`."""
-    return (points + 1) * (_extent(points, size) / 2)
-
-
-def identity_field(size: Sequence[int], like: Tensor | None = None) -> Tensor:
-    """Normalised coordinates of every node, (1, n, *size).
-
-    Args:
-        size: nodes along each axis.
-        like: gives dtype and device; None: float32 on the CPU.
-    """
-    like = torch.zeros(()) if like is None else like
-    axes = [torch.linspace(-1, 1, int(length), dtype=like.dtype, device=like.device) for length in size]
-    return torch.stack(torch.meshgrid(*axes, indexing="ij"))[None]
-
-
-def sample_field(field: Tensor, places: Tensor, padding_mode: str = "border", mode: str = "bilinear") -> Tensor:
-    """The values of a field at normalised places, linear in between.
-
-    Args:
-        field: (B, C, *size).
-        places: normalised, (B, n, *out), components in array order.
-        padding_mode: "border" or "zeros" beyond the field.
-        mode: "bilinear" or "nearest".
-
-    Returns:
-        (B, C, *out).
-    """
-    grid = places.flip(1).movedim(1, -1)  # x, y, z last
-    return F.grid_sample(field, grid.to(field.dtype), mode=mode, padding_mode=padding_mode, align_corners=True)
+_SLAB = 2**20  # voxels whose derivatives are in memory at a time
 
 
 def compose(d1: Tensor, d2: Tensor) -> Tensor:
@@ -94,8 +50,8 @@ def to_ddf(phi: Tensor) -> Tensor:
         (phi - id) (N - 1) / 2, (B, n, *size).
     """
     size = phi.shape[2:]
-    scale = _extent(phi, size).view(1, -1, *[1] * len(size)) / 2
-    return (phi - identity_field(size, phi)) * scale
+    d = phi - identity_field(size, phi)
+    return torch.stack([component * ((length - 1) / 2) for component, length in zip(d.unbind(1), size)], 1)
 
 
 def jacobian_determinant(ddf: Tensor) -> Tensor:
@@ -115,15 +71,31 @@ def jacobian_determinant(ddf: Tensor) -> Tensor:
     n = ddf.ndim - 2
     if ddf.shape[1] != n or n > 3 or min(ddf.shape[2:], default=0) < 2:
         raise ValueError(f"ddf {tuple(ddf.shape)} must be (B, n, *size) with n axes of at least 2 voxels")
-    # explicit, since a batch of so many small matrices takes torch.linalg.det three times as long
-    rows = [torch.gradient(component, dim=list(range(1, n + 1))) for component in ddf.unbind(1)]
-    matrix = [[value + (i == j) for j, value in enumerate(row)] for i, row in enumerate(rows)]
-    if n == 1:
-        return matrix[0][0]
-    if n == 2:
-        return matrix[0][0] * matrix[1][1] - matrix[0][1] * matrix[1][0]
-    (a, b, c), (d, e, f), (g, h, i) = matrix
-    return a * (e * i - f * h) - b * (d * i - f * g) + c * (d * h - e * g)
+    step, parts = max(1, _SLAB // ddf[0, 0, 0].numel()), []
+    for start in range(0, ddf.shape[2], step):
+        first, last = max(0, start - 1), min(ddf.shape[2], start + step + 1)  # central differences at the slab's ends
+        first = min(first, ddf.shape[2] - 2)
+        parts.append(_determinant(ddf[:, :, first:last])[:, start - first : start - first + step])
+    return torch.cat(parts, 1)
+
+
+def jacobian_statistics(determinant: Tensor) -> dict[str, float | None]:
+    """How a field changes volumes.
+
+    Args:
+        determinant: of :func:`jacobian_determinant`, any shape.
+
+    Returns:
+        `folding_share`, the share of determinants that are not positive; `sdlogj`, the standard deviation of the
+        logarithm of the others (of the population; None where there are none); `min` and `max`.
+    """
+    positive = determinant[determinant > 0].double()
+    return {
+        "folding_share": 1 - positive.numel() / determinant.numel(),
+        "sdlogj": float(positive.log().std(correction=0)) if len(positive) else None,
+        "min": float(determinant.min()),
+        "max": float(determinant.max()),
+    }
 
 
 def folding(ddf: Tensor) -> dict[str, float]:
@@ -133,21 +105,21 @@ def folding(ddf: Tensor) -> dict[str, float]:
         ddf: displacement in voxels, (B, n, *size), see :func:`jacobian_determinant`.
 
     Returns:
-        `folding_share`, the share of voxels whose determinant is not positive, and `sdlogj`, the standard deviation of
-        its logarithm over the other voxels (of the population; NaN where there are none).
+        `folding_share` and `sdlogj` of :func:`jacobian_statistics`, NaN for None.
     """
-    determinant = jacobian_determinant(ddf).double()
-    positive = determinant[determinant > 0]
-    share = 1 - positive.numel() / determinant.numel()
-    return {
-        "folding_share": share,
-        "sdlogj": float(positive.log().std(correction=0)) if len(positive) else float("nan"),
-    }
+    found = jacobian_statistics(jacobian_determinant(ddf))
+    values = ((name, found[name]) for name in ("folding_share", "sdlogj"))
+    return {name: float("nan") if value is None else value for name, value in values}
 
 
-def _extent(like: Tensor, size: Sequence[int]) -> Tensor:
-    """N - 1 along each axis."""
-    if min(size) < 2:
-        raise ValueError(f"normalised coordinates need at least 2 voxels along each axis, got {tuple(size)}")
-    dtype = like.dtype if like.is_floating_point() else torch.get_default_dtype()
-    return torch.tensor([int(length) - 1 for length in size], dtype=dtype, device=like.device)
+def _determinant(ddf: Tensor) -> Tensor:
+    """Explicit, since a batch of so many small matrices takes torch.linalg.det three times as long."""
+    n = ddf.ndim - 2
+    rows = [torch.gradient(component, dim=list(range(1, n + 1))) for component in ddf.unbind(1)]
+    matrix = [[value + (i == j) for j, value in enumerate(row)] for i, row in enumerate(rows)]
+    if n == 1:
+        return matrix[0][0]
+    if n == 2:
+        return matrix[0][0] * matrix[1][1] - matrix[0][1] * matrix[1][0]
+    (a, b, c), (d, e, f), (g, h, i) = matrix
+    return a * (e * i - f * h) - b * (d * i - f * g) + c * (d * h - e * g)

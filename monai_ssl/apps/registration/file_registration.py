@@ -10,19 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from monai.data import MetaTensor, NibabelWriter
-from monai.data.utils import to_affine_nd
+from monai.data import MetaTensor
 from torch import Tensor
 
 from monai_ssl.data.files import atomic_path, strip_suffix
 
-from ..preprocessing import image_name, load_image
+from ..preprocessing import affine_of, image_name, load_image
+from .fields import jacobian_determinant, jacobian_statistics
 from .inner_step import on_grid
-from .jacobian import determinant_of, jacobian_statistics
 from .model_file import load_registration
 from .pipeline import STEPS, register
 from .result import Registration
-from .transform_files import FORMATS, check_formats
+from .transform_files import FORMATS, check_formats, write_image
 
 __all__ = ["register_files"]
 
@@ -90,8 +89,8 @@ def register_files(
     files = result.save(folder, name, kinds, moving=scans["moving"], like=scans["fixed"])
     if painted is not None:
         files.append(folder / f"{name}_labels.nii.gz")
-        _write_labels(files[-1], result.warp(painted, scans["fixed"], "nearest", "zeros"))
-    determinant = determinant_of(result)
+        write_image(files[-1], result.warp(painted, scans["fixed"], "nearest", "zeros"))
+    determinant = jacobian_determinant(result.ddf()).cpu()
     if picture:
         files.append(folder / f"{name}.png")
         limits = None if matcher.body_threshold is None else _TISSUE  # it is known for CT alone
@@ -130,7 +129,7 @@ def _steps(steps: str | Sequence[str] | None, trained: bool, model: str | Path) 
 def _formats(formats: str | Sequence[str] | None, target: MetaTensor) -> tuple[str, ...]:
     n = target.ndim - 1
     kinds = (tuple(FORMATS) if n == 3 else ("warped",)) if formats is None else tuple(filter(None, _names(formats)))
-    check_formats(kinds, torch.as_tensor(to_affine_nd(n, target.affine.cpu().double().numpy())))
+    check_formats(kinds, affine_of(target))
     return kinds
 
 
@@ -152,14 +151,6 @@ def _label_map(labels: str | Path, moving: MetaTensor) -> MetaTensor:
         raise ValueError(f"labels {labels} holds values that are not whole numbers: is it a label map?")
     wide = bool((values.abs() > torch.iinfo(torch.int16).max).any())
     return MetaTensor(values.to(torch.int32 if wide else torch.int16), affine=found.affine)
-
-
-def _write_labels(file: Path, labels: MetaTensor) -> None:
-    values = labels.as_tensor().numpy()
-    writer = NibabelWriter(output_dtype=values.dtype)
-    writer.set_data_array(values, channel_dim=0)
-    writer.set_metadata({"affine": labels.affine}, resample=False)
-    writer.write(file)
 
 
 def _draw(

@@ -13,7 +13,7 @@ from monai_ssl.transforms.view_geometry import spacing_of, transform_points
 
 from ..image_embedding import ImageEmbedding
 from ..point_matcher import PointMatcher, check_filters
-from ..point_matching import match_points, stable_matches
+from ..point_matching import stable_matches
 from .mask_region import mask_region
 from .points import grid_points
 
@@ -100,7 +100,7 @@ def match_grid(
         pairs = GridMatches(moving.world(cells), fixed.world(found), scores.cpu(), counts)
         counts["stable"] = len(cells)
     else:
-        pairs = GridMatches(points, *_search(matcher, moving, fixed, points), counts)
+        pairs = GridMatches(points, *matcher.search(moving, fixed, points), counts)
     pairs = _kept(pairs, "score", lambda p: p.scores > min_score)
     pairs = _kept(pairs, "masks", lambda p: in_moving(p.moving) & in_fixed(p.fixed))
     if matching == "cycle":
@@ -122,24 +122,9 @@ def shown_counts(counts: dict[str, int]) -> str:
     return ", ".join(f"{name} {number}" for name, number in counts.items())
 
 
-def _search(
-    matcher: PointMatcher, first: ImageEmbedding, second: ImageEmbedding, points: Tensor
-) -> tuple[Tensor, Tensor]:
-    """RAS mm of the first image -> RAS mm of the second, and scores."""
-    cells, scores = match_points(
-        first.maps,
-        second.maps,
-        first.cells(points),
-        key_mask=second.key_mask(),
-        chunk_size=matcher.chunk_size,
-        key_norms=second.norms,
-    )
-    return second.world(cells), scores.cpu()
-
-
 def _cycle_error(matcher: PointMatcher, moving: ImageEmbedding, fixed: ImageEmbedding, pairs: GridMatches) -> Tensor:
     """mm (P,)."""
-    return (_search(matcher, fixed, moving, pairs.fixed)[0] - pairs.moving).norm(dim=1)
+    return (matcher.search(fixed, moving, pairs.fixed)[0] - pairs.moving).norm(dim=1)
 
 
 def _kept(pairs: GridMatches, name: str, passes: Callable[[GridMatches], Tensor]) -> GridMatches:

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from monai_ssl.transforms.linear_resize import resize_linear
+
 from ..map_similarity import resized
 from ..network_maps import network_maps
 from ..point_matcher import PointMatcher
@@ -21,7 +23,6 @@ from .result import Registration
 __all__ = ["optimise_instance", "register_instance"]
 
 _MEAN = {2: F.avg_pool2d, 3: F.avg_pool3d}
-_LINEAR = {2: "bilinear", 3: "trilinear"}
 
 
 def optimise_instance(
@@ -76,8 +77,7 @@ def optimise_instance(
             roughness = sum(d.diff(dim=axis).square().mean() for axis in range(2, n + 2))
             (smoothness * roughness - cosine).backward()
             optimiser.step()
-    large = F.interpolate(parameter.detach(), size=tuple(size), mode=_LINEAR[n], align_corners=True)
-    return _filtered(large)
+    return _filtered(resize_linear(parameter.detach()[0], size, align_corners=True)[None])
 
 
 def register_instance(

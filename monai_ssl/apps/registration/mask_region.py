@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 from monai.data import MetaTensor
-from monai.data.utils import to_affine_nd
 from torch import Tensor
 
 from monai_ssl.transforms.view_geometry import transform_points
 
 from ..image_embedding import ImageEmbedding
-from ..preprocessing import image_name, load_image
+from ..preprocessing import affine_of, image_name, load_image
 
 __all__ = ["mask_region"]
 
@@ -46,8 +45,7 @@ def mask_region(mask: Any, image: ImageEmbedding, name: str = "mask") -> Callabl
     n = len(image.size)
     if isinstance(mask, (str, os.PathLike, MetaTensor)):
         loaded = load_image(mask, n)
-        values, affine = loaded.as_tensor(), to_affine_nd(n, loaded.affine.cpu().double().numpy())
-        matrix = torch.as_tensor(affine, dtype=torch.float64)
+        values, matrix = loaded.as_tensor(), affine_of(loaded)
     else:
         values, matrix = torch.as_tensor(mask), image.affine.double()
         values = values[None] if values.ndim == n else values

@@ -16,7 +16,7 @@ from torch import Tensor
 from monai_ssl.networks.blocks.velocity_field import integrate_velocity
 from monai_ssl.transforms.view_geometry import transform_points
 
-from ..preprocessing import load_image
+from ..preprocessing import affine_of, load_image
 from .alignment import read_alignment
 from .fields import identity_field, sample_field, to_normalised
 from .inner_step import on_grid
@@ -111,7 +111,7 @@ class RegisteredPaird(MapTransform):
         answer = torch.as_tensor(d[key]).as_subclass(Tensor).float().cpu()
         field = integrate_velocity(answer[None], self.num_steps)[0]
         fixed = d["fixed"]
-        earlier = on_grid(_registration(d[self.alignment_key]), _affine(fixed, field.ndim - 1), fixed.shape[1:])
+        earlier = on_grid(_registration(d[self.alignment_key]), affine_of(fixed), fixed.shape[1:])
         linear = earlier.grid_affine[:-1, :-1].to(field.dtype)
         result = earlier.then_inner(torch.einsum("ij,j...->i...", linear, field))
         unmoved = Registration(
@@ -156,18 +156,13 @@ def initial_displacement(registration: Registration, moving: MetaTensor, fixed: 
     identity = identity_field(size, torch.zeros((), dtype=torch.float64))
     axes = torch.stack(torch.meshgrid(*(torch.arange(s, dtype=torch.float64) for s in size), indexing="ij"))
     voxels = (axes + registration.ddf(like=fixed)[0].double()).flatten(1).T  # (V, n) on the grid of fixed
-    matrix = torch.linalg.inv(_affine(moving, n)) @ _affine(fixed, n)
+    matrix = torch.linalg.inv(affine_of(moving)) @ affine_of(fixed)
     phi = to_normalised(transform_points(matrix, voxels), moving.shape[1:])
     return (phi.T.reshape(n, *size) - identity[0]).float()
 
 
 def _registration(value: Any) -> Registration:
     return value if isinstance(value, Registration) else read_alignment(value)
-
-
-def _affine(image: MetaTensor, n: int) -> Tensor:
-    affine = image.affine.cpu().double()
-    return affine if len(affine) == n + 1 else affine[[*range(n), -1]][:, [*range(n), -1]]
 
 
 def _one_hot(label: Tensor, num_classes: int) -> Tensor:

@@ -9,11 +9,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from monai.data.utils import to_affine_nd
 from torch import nn
 
 from ..point_matcher import PointMatcher
-from ..preprocessing import embedding_transform, load_image
+from ..preprocessing import affine_of, embedding_transform, load_image
 from .affine import register_affine
 from .coarse import register_coarse
 from .deform import register_deform
@@ -144,5 +143,4 @@ def _unmoved(fixed: Any, transform: Callable[..., Any] | None) -> Registration:
     image = load_image(fixed)
     n = image.ndim - 1
     prepared = (embedding_transform(None, n) if transform is None else transform)(image)
-    affine = torch.as_tensor(to_affine_nd(n, prepared.affine.cpu().double().numpy()), dtype=torch.float64)
-    return on_grid(None, affine, prepared.shape[1:])
+    return on_grid(None, affine_of(prepared), prepared.shape[1:])

@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 from monai.data import MetaTensor
-from monai.data.utils import to_affine_nd
 from torch import Tensor
 
 from monai_ssl.transforms.view_geometry import transform_points
 
-from ..preprocessing import load_image
+from ..preprocessing import affine_of, load_image
 from .displacements import compose_displacement, invert_displacement, point_mapping, steps_on_grid
 from .fields import compose, from_normalised, jacobian_determinant, to_ddf, to_normalised
 from .transform_files import (
@@ -182,7 +181,7 @@ class Registration:
         n = len(self.grid_size)
         image, target = load_image(moving, n), None if like is None else load_image(like, n)
         values, (matrix, size) = image.as_tensor(), self._grid(target)
-        matrix, to_moving = matrix.to(values.device), torch.linalg.inv(_affine_of(image, n)).to(values.device)
+        matrix, to_moving = matrix.to(values.device), torch.linalg.inv(affine_of(image)).to(values.device)
         mapped = self._mapping(values.device)
 
         def places(index: Tensor) -> Tensor:
@@ -242,7 +241,7 @@ class Registration:
         """Index -> RAS mm, (n + 1, n + 1), and size of an image's grid, or of the grid of the result."""
         if image is None:
             return self.grid_affine, self.grid_size
-        return _affine_of(image, len(self.grid_size)), tuple(image.shape[1:])
+        return affine_of(image), tuple(image.shape[1:])
 
     def _mapping(self, device: torch.device) -> Callable[[Tensor], Tensor]:
         """T, of points (P, n) float64 on a device."""
@@ -252,11 +251,6 @@ class Registration:
         """linear (T(x) - x) for x on a grid, (n, *size) float32."""
         device = self.affine.device if self.displacement is None else self.displacement.device
         return steps_on_grid(self._mapping(device), matrix, size, linear, device)
-
-
-def _affine_of(image: MetaTensor, n: int) -> Tensor:
-    """(n + 1, n + 1) float64, on the CPU."""
-    return torch.as_tensor(to_affine_nd(n, image.affine.cpu().double().numpy()))
 
 
 def _check_affine(name: str, matrix: Tensor, n: int) -> None:

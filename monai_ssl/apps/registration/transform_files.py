@@ -37,7 +37,7 @@ _VECTOR = 1007  # as written, LPS; with 1006 ITK takes components for RAS and ne
 _ORTHOGONAL = 1e-4  # cosine between axes: headers round
 _AFFINE = "AffineTransform_double_3_3"
 
-h5py, _ = optional_import("h5py")
+h5py, _HAS_H5PY = optional_import("h5py")
 
 
 def to_lps(affine: Tensor) -> Tensor:
@@ -54,10 +54,13 @@ def check_formats(formats: Sequence[str], grid_affine: Tensor) -> None:
         grid_affine: index in the grid -> RAS mm, (n + 1, n + 1).
 
     Raises:
-        ValueError: unknown formats; in 2D others than "warped"; a field on a grid whose axes are not orthogonal.
+        ValueError: unknown formats; "h5" without h5py; in 2D others than "warped"; a field on a grid whose axes are
+            not orthogonal.
     """
     if isinstance(formats, str) or not set(formats) <= set(FORMATS):
         raise ValueError(f"formats must be a sequence of {', '.join(FORMATS)}, got {formats!r}")
+    if "h5" in formats and not _HAS_H5PY:
+        raise ValueError('format "h5" needs the package h5py: pip install h5py, or leave "h5" out of formats')
     n, transforms = len(grid_affine) - 1, [key for key in formats if key != "warped"]
     if transforms and n != 3:
         raise ValueError(
@@ -151,7 +154,7 @@ def write_displacement(file: Path, displacement: Tensor, grid_affine: Tensor) ->
 
 
 def write_image(file: Path, image: MetaTensor) -> None:
-    """A NIfTI file of an image (C, *size), float32; channels last.
+    """A NIfTI file of an image (C, *size), float32 or of its own type where that is whole numbers; channels last.
 
     Args:
         file: to write, .nii or .nii.gz.
@@ -178,8 +181,9 @@ def _lps(vectors: Tensor) -> Tensor:
 
 
 def _nifti(values: Tensor, affine: Tensor) -> nib.Nifti1Image:
-    """float32, with the affine in both forms that readers look for."""
-    image = nib.Nifti1Image(values.cpu().float().numpy(), None)
+    """With the affine in both forms that readers look for."""
+    values = values.cpu().float() if values.is_floating_point() else values.cpu()
+    image = nib.Nifti1Image(values.numpy(), None, dtype=values.numpy().dtype)
     matrix = to_affine_nd(3, affine.cpu().double().numpy())
     image.set_sform(matrix, 1)
     image.set_qform(matrix, 1)

@@ -176,6 +176,9 @@ def test_confident_matches_that_do_not_agree() -> None:
         registered(1.0, "lstsq")
     with pytest.raises(ValueError, match=r"misses half of them by .* mm or more.* masks 336; .*ransac"):
         registered(0.5, "lstsq")
+    with pytest.raises(ValueError, match="misses half of them"):  # by 0.45 of their distance from the middle
+        registered(0.3, "lstsq")
+    assert torch.linalg.svdvals(registered(0.1, "lstsq")[:3, :3])[-1] > 0.8  # by 0.14
     assert (registered(0.4, "ransac") - torch.eye(4)).abs().max() < 1e-6
 
 

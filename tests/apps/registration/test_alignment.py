@@ -13,7 +13,14 @@ import torch
 from monai.data import MetaTensor
 from torch import Tensor, nn
 
-from monai_ssl.apps import PointMatcher, align_pairs, load_embedder, read_alignment, write_alignment
+from monai_ssl.apps import (
+    PointMatcher,
+    align_pairs,
+    embedding_transform,
+    load_embedder,
+    read_alignment,
+    write_alignment,
+)
 from monai_ssl.apps.registration import AlignPaird, RegisteredPaird, Registration, initial_displacement
 from monai_ssl.losses import RegistrationLoss
 from monai_ssl.networks import AnatomicalEmbeddingNet, AnisotropicResNet
@@ -201,6 +208,10 @@ def test_pairs_are_aligned_once_and_those_that_cannot_be_are_left_out(
     with pytest.warns(UserWarning, match="left out"):
         align_pairs(pairs, matcher, folder, progress=False, min_score=0.6)  # other options, other files
     assert len(calls) == 4
+    finer = PointMatcher(matcher.network, embedding_transform({"spacing": 1.0}), "cpu", body_threshold=-17.4)
+    with pytest.warns(UserWarning, match="left out"):
+        align_pairs(pairs, finer, folder, progress=False, min_score=0.6)  # another input of the network, too
+    assert len(calls) == 6
     with pytest.raises(ValueError, match=r"none of 1 pairs can be aligned; b to a: 3 of 20"):
         align_pairs(pairs[1:], matcher, folder, progress=False, min_score=0.5)
 
@@ -225,6 +236,12 @@ def test_each_process_takes_its_share_whatever_the_others_have_done(
     found = align_pairs(pairs, matcher, folder, progress=False)
     assert [pair["name"] for pair in found] == ["a to b", "b to a"]
     assert calls == [pairs[0]["moving"], pairs[1]["moving"]]
+
+
+def test_a_transform_that_cannot_be_told_again_is_refused(tmp_path: Path) -> None:
+    matcher = PointMatcher(embedder(), lambda image: image, device="cpu")
+    with pytest.raises(ValueError, match=r"transform of matcher .* lambda"):
+        align_pairs(pairs_of(tmp_path), matcher, tmp_path / "kept", steps=(), progress=False)
 
 
 def test_without_steps_scans_lie_in_one_world_and_known_alignments_are_kept(tmp_path: Path) -> None:

@@ -246,7 +246,7 @@ def test_matches_of_the_affine_are_used_again(monkeypatch: pytest.MonkeyPatch) -
     fixed = embedding(affine)
     start = register_affine(matcher(), MOVING, fixed, MASK, MASK)
     with monkeypatch.context() as patch:
-        patch.setattr("monai_ssl.apps.registration.grid_matches.match_points", None)
+        patch.setattr("monai_ssl.apps.PointMatcher.search", None)
         few = dataclasses.replace(start, points=start.points[:30], scores=start.scores[:30])
         assert torch.equal(register_coarse(matcher(), MOVING, fixed, few).points, few.points)
     # an affine without matches keeps its matrix and is matched
