@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from configparser import ConfigParser
 from pathlib import Path
@@ -96,10 +97,16 @@ def test_json_has_the_form_of_the_zoo(bundle: Path) -> None:
         assert text == json.dumps(json.loads(text), indent=4) + "\n", path
 
 
-def test_metadata_follows_the_schema(bundle: Path, metadata_schema: Path) -> None:
+def test_metadata_follows_the_schema(bundle: Path, metadata_schema: Path, tmp_path: Path) -> None:
     pytest.importorskip("jsonschema")
     file = str(bundle / "configs" / "metadata.json")
     verify_metadata(meta_file=file, filepath=str(metadata_schema), hash_val=SCHEMA_SHA256, hash_type="sha256")
+    broken = tmp_path / "metadata.json"  # and it would be told
+    broken.write_text(json.dumps({**json.loads(Path(file).read_text()), "supported_apps": []}))
+    with pytest.raises(ValueError, match="not of type 'object'"):
+        verify_metadata(
+            meta_file=str(broken), filepath=str(metadata_schema), hash_val=SCHEMA_SHA256, hash_type="sha256"
+        )
 
 
 def test_metadata_says_what_the_zoo_asks(metadata: dict[str, Any]) -> None:
@@ -192,4 +199,6 @@ def test_readme_names_parameters_that_exist(bundle: Path) -> None:
 
 
 def test_logging_conf_is_accepted(bundle: Path) -> None:
+    logging.getLogger().handlers.clear()
     ConfigWorkflow(str(bundle / "configs" / "train.yaml"), logging_file=str(bundle / "configs" / "logging.conf"))
+    assert logging.getLogger().handlers

@@ -106,7 +106,9 @@ def test_update_leaves_the_student_and_its_graph_alone() -> None:
 
 @pytest.mark.parametrize("part", [nn.Identity(), nn.BatchNorm1d(2, affine=False)], ids=["empty", "buffers only"])
 def test_modules_without_parameters(part: nn.Module) -> None:
-    MomentumTeacher(part).update(part, 0.9)
+    teacher = MomentumTeacher(part)
+    teacher.update(part, 0.9)
+    assert teacher.module.state_dict().keys() == part.state_dict().keys()
 
 
 def test_buffers_stay_plain() -> None:

@@ -227,7 +227,10 @@ def test_inflated_in_2d() -> None:
 
 
 def test_published_width() -> None:
-    inflate_resnet18(resnet18(), AnisotropicResNet())
+    state, encoder = resnet18(), AnisotropicResNet()
+    inflate_resnet18(state, encoder)
+    assert torch.equal(encoder.bn1.weight, state["bn1.weight"])
+    assert encoder.conv1.weight.shape == (64, 1, 3, 7, 7)
 
 
 @pytest.mark.parametrize(

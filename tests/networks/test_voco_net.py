@@ -218,7 +218,10 @@ def test_two_updates_give_081(teacher: str) -> None:
 
 
 def test_update_without_teacher_is_allowed() -> None:
-    unet_net(teacher="none").update_teacher(0.9)
+    net = unet_net(teacher="none")
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    net.update_teacher(0.9)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
 def test_two_trainer_iterations_equal_a_loop() -> None:

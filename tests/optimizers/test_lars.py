@@ -149,6 +149,8 @@ def test_no_value_is_read_back() -> None:
         set_gradients(net, step)
         with NoReads():
             optimizer.step()
+    with pytest.raises(AssertionError), NoReads():  # so that a read would be seen
+        next(net.parameters()).max().item()
 
 
 def test_closure_and_descent() -> None:

@@ -342,3 +342,10 @@ def test_what_fails_leaves_the_files_of_before(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(KeyboardInterrupt):
         save(MAPS["deformed"])
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_without_h5py_the_format_is_refused_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transform_files, "_HAS_H5PY", False)
+    with pytest.raises(ValueError, match="pip install h5py"):
+        transform_files.check_formats(("tfm", "h5"), torch.eye(4))
+    transform_files.check_formats(("tfm", "nifti", "warped"), torch.eye(4))
