@@ -20,7 +20,7 @@ demo: $(STAMP)  ## pretrain, fine-tune and compare on the embedded phantom (minu
 	$(BIN)/python -m benchmarks.label_efficiency benchmarks/studies/demo.yaml --output_dir demo_output
 
 test: $(STAMP)  ## the tests
-	OMP_NUM_THREADS=1 PYTHONUTF8=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 PYTHONUTF8=1 $(BIN)/python -m pytest -m "not slow" -n 2 --no-loadscope-reorder
 
 test-slow: $(STAMP)  ## the tests that take minutes each
 	OMP_NUM_THREADS=1 PYTHONUTF8=1 $(BIN)/python -m pytest -m slow

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,6 +32,34 @@ def metadata_schema(test_data: Path) -> Path:
 @pytest.fixture(scope="session")
 def bundles() -> Path:
     return REPOSITORY / "bundles"
+
+
+# what takes longest, which two workers share out best when it comes first
+LONG = ("tests/integration/", "tests/test_notebooks.py", "tests/bundles/")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """One worker gets all tests of a bundle, which is then trained once, or of a file."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    names = [path.name for path in (REPOSITORY / "bundles").iterdir()]
+
+    class ByBundleOrFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file, _, test = nodeid.partition("::")
+            return next((name for name in names if f"[{name}" in test), file)
+
+    return ByBundleOrFile(config, log)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def rank(item: pytest.Item) -> int:
+        file = item.path.relative_to(REPOSITORY).as_posix()
+        return next((at for at, start in enumerate(LONG) if file.startswith(start)), len(LONG))
+
+    items.sort(key=rank)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -198,13 +198,13 @@ def test_default_transform_on_the_phantom_and_the_body() -> None:
 
 
 def test_by_hand_made_embedding() -> None:
-    """Without the optional fields the maps fill the image."""
+    """Without the optional fields the maps fill the image, by another stride along each axis."""
     maps = [F.normalize(torch.randn(5, 4, 6, 7), dim=0)]
     affine = torch.diag(torch.tensor([3.0, 2.0, 1.0, 1.0], dtype=torch.float64))
-    embedding = ImageEmbedding(maps, affine, (8, 12, 14), affine)
+    embedding = ImageEmbedding(maps, affine, (16, 12, 7), affine)
     matcher = PointMatcher(CoordinateNet())
-    points = torch.tensor([[2.5, 4.5, 6.5]]) * torch.tensor([3.0, 2.0, 1.0])  # the centre of cell (1, 2, 3)
+    points = torch.tensor([[5.5, 4.5, 3.0]]) * torch.tensor([3.0, 2.0, 1.0])  # the centre of cell (1, 2, 3)
     torch.testing.assert_close(embedding.cells(points), torch.tensor([[1.0, 2, 3]], dtype=torch.float64))
     assert float(matcher.match(embedding, embedding, points).score[0]) == pytest.approx(1, abs=1e-5)
     with pytest.raises(ValueError, match="give padded_size"):
-        ImageEmbedding(maps, affine, (8, 12, 15), affine)
+        ImageEmbedding(maps, affine, (16, 12, 8), affine)

@@ -25,25 +25,32 @@ WARNINGS_OF_MONAI = (
 )
 
 
-# Bundles that differ from cpc_segresnet_ct in their task alone: what starts processes, ten seconds and more, is run for
-# that one at every commit, and for these under `make test-slow`
+# Bundles that differ from cpc_segresnet_ct in their task alone: what takes longest and has nothing to do with the task is
+# run for that one at every commit, and for these under `make test-slow`
 ALIKE = tuple(f"{name}_segresnet_ct" for name in ("exemplar", "jigsaw", "pgl", "rotation", "rpl"))
+ONCE_FOR_ALIKE = (
+    "test_federated_learning",
+    "test_fewer_volumes_than_a_batch",
+    "test_skip_bad_goes_on",
+    "test_without_data_the_phantom_is_used",
+)
+# what starts processes, ten seconds and more; the further two are made of parts of others
 STARTS_PROCESSES = (
     "test_command_line_writes_below_the_working_directory",
     "test_encoder_loads_without_this_package",
     "test_the_process_fails",
     "test_two_processes",
 )
-# many patches of 32 voxels, which Swin's windows of 7 tokens fill badly; three other bundles do it at every commit
-SLOW_VARIANTS = tuple(
-    f"{name}-swin_unetr.yaml"
-    for name in (
-        "cpc_segresnet_ct",
-        "jigsaw_segresnet_ct",
-        "multi_task_pretraining",
-        "pgl_segresnet_ct",
-        "rotation_segresnet_ct",
-    )
+MADE_OF_OTHERS = ("classification_finetuning", "multi_task_pretraining")
+# many patches of 32 voxels, which Swin's windows of 7 tokens fill badly; three other bundles do it at every commit.
+# released_v1.yaml is half of released_cvpr.yaml
+SLOW_VARIANTS = (
+    "cpc_segresnet_ct-swin_unetr.yaml",
+    "jigsaw_segresnet_ct-swin_unetr.yaml",
+    "multi_task_pretraining-swin_unetr.yaml",
+    "pgl_segresnet_ct-swin_unetr.yaml",
+    "rotation_segresnet_ct-swin_unetr.yaml",
+    "voco_swinunetr_ct-released_v1.yaml",
 )
 
 
@@ -52,8 +59,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if Path(__file__).parent in entry.path.parents:
             entry.add_marker(pytest.mark.filterwarnings(*WARNINGS_OF_MONAI))
             name, _, case = entry.name.partition("[")
-            started = name in STARTS_PROCESSES and any(bundle in case for bundle in ALIKE)
-            if started or case.rstrip("]") in SLOW_VARIANTS:
+            started = name in STARTS_PROCESSES and case.startswith(ALIKE + MADE_OF_OTHERS)
+            once = name in ONCE_FOR_ALIKE and case.startswith(ALIKE)
+            once |= name == "test_resume" and case.startswith(ALIKE) and case.endswith("after an epoch]")
+            if started or once or case.rstrip("]") in SLOW_VARIANTS:
                 entry.add_marker(pytest.mark.slow)
 
 

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,11 @@ def copy_bundle(bundle: Path, parent: Path) -> Path:
 
 
 def load_config(bundle: Path, *files: str) -> dict[str, Any]:
+    return deepcopy(_load_config(bundle, *files))
+
+
+@cache
+def _load_config(bundle: Path, *files: str) -> dict[str, Any]:
     return ConfigParser.load_config_files([str(bundle / "configs" / file) for file in files])
 
 
