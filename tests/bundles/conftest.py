@@ -25,8 +25,8 @@ WARNINGS_OF_MONAI = (
 )
 
 
-# Bundles that differ from cpc_segresnet_ct in their task alone: what takes longest and has nothing to do with the task is
-# run for that one at every commit, and for these under `make test-slow`
+# Bundles that differ from cpc_segresnet_ct in their task alone: what takes longest and has nothing to do with the task
+# is run for that one at every commit, and for these under `make test-slow`
 ALIKE = tuple(f"{name}_segresnet_ct" for name in ("exemplar", "jigsaw", "pgl", "rotation", "rpl"))
 ONCE_FOR_ALIKE = (
     "test_federated_learning",
