@@ -38,18 +38,19 @@ ONCE_FOR_ALIKE = (
 STARTS_PROCESSES = (
     "test_command_line_writes_below_the_working_directory",
     "test_encoder_loads_without_this_package",
-    "test_the_process_fails",
     "test_two_processes",
 )
 MADE_OF_OTHERS = ("classification_finetuning", "multi_task_pretraining")
+FAILS_AT_EVERY_COMMIT = ("segmentation_finetuning", "voco_swinunetr_ct")  # a failing process, which all bundles share
 # many patches of 32 voxels, which Swin's windows of 7 tokens fill badly; three other bundles do it at every commit.
-# released_v1.yaml is half of released_cvpr.yaml
+# released_v1.yaml and released_cvpr.yaml differ in the loss, which is tested by itself
 SLOW_VARIANTS = (
     "cpc_segresnet_ct-swin_unetr.yaml",
     "jigsaw_segresnet_ct-swin_unetr.yaml",
     "multi_task_pretraining-swin_unetr.yaml",
     "pgl_segresnet_ct-swin_unetr.yaml",
     "rotation_segresnet_ct-swin_unetr.yaml",
+    "voco_swinunetr_ct-released_cvpr.yaml",
     "voco_swinunetr_ct-released_v1.yaml",
 )
 
@@ -62,6 +63,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             started = name in STARTS_PROCESSES and case.startswith(ALIKE + MADE_OF_OTHERS)
             once = name in ONCE_FOR_ALIKE and case.startswith(ALIKE)
             once |= name == "test_resume" and case.startswith(ALIKE) and case.endswith("after an epoch]")
+            once |= name == "test_the_process_fails" and not case.startswith(FAILS_AT_EVERY_COMMIT)
             if started or once or case.rstrip("]") in SLOW_VARIANTS:
                 entry.add_marker(pytest.mark.slow)
 
