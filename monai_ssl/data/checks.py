@@ -49,13 +49,14 @@ def check_volumes(
     spatial_dims: int = 3,
     axcodes: str | None = "RAS",
     in_channels: int | None = None,
+    num_classes: int | None = None,
 ) -> Any:
     """Read every volume once, before training, and stop with one report of those that cannot be used.
 
     Faults of an image: unreadable, empty, fewer than 2 voxels along an axis or another number of axes, NaN or infinite,
     constant, an affine that is singular, fewer voxels than `min_size` after resampling, another number of channels than
-    `in_channels` or most. A label must be readable, finite, and on the grid of its image. Files that were read before
-    and have not changed are not read again.
+    `in_channels` or most. A label must be readable, finite, below `num_classes`, and on the grid of its image. Files
+    that were read before and have not changed are not read again.
 
     Args:
         data: the lists of `build_datalist`, or one list of items.
@@ -70,6 +71,7 @@ def check_volumes(
         spatial_dims: 3, or 2 for pictures, whose `pixdim` and `min_size` are in the file's own order of axes.
         axcodes: orientation that training gives the volumes, which `pixdim` and `min_size` are in; None: as stored.
         in_channels: number of channels that the network takes; None: what most images have.
+        num_classes: of the labels, with the background; None: any.
 
     Returns:
         `data` itself or, with `skip_bad`, without the faulty items.
@@ -83,7 +85,7 @@ def check_volumes(
     images = {path: item[key] for item in items for key, path in _checked(item, keys).items()}
     facts = dict(zip(images, collect_facts(list(images.values()), num_workers, progress)))
     needs = (pixdim, min_size, spatial_dims, axcodes, in_channels)
-    faults = _faults(items, keys, facts, lambda found: image_fault(found, *needs))
+    faults = _faults(items, keys, facts, lambda found: image_fault(found, *needs), num_classes)
     shown = _named(items, faults)
     if faults and not skip_bad:
         raise BadVolumesError(shown, len(images))
@@ -118,7 +120,11 @@ def _checked(item: dict[str, Any], keys: Sequence[str]) -> dict[str, str]:
 
 
 def _faults(
-    items: Items, keys: Sequence[str], facts: Mapping[str, Facts], fault_of: Callable[[Facts], str | None]
+    items: Items,
+    keys: Sequence[str],
+    facts: Mapping[str, Facts],
+    fault_of: Callable[[Facts], str | None],
+    num_classes: int | None,
 ) -> dict[str, str]:
     faults: dict[str, str] = {}
     channels: dict[str, dict[str, int]] = {}
@@ -126,7 +132,7 @@ def _faults(
         files = _checked(item, keys)
         for key, path in files.items():
             if key == "label":
-                fault = label_fault(facts[path], facts.get(files.get("image", "")))
+                fault = label_fault(facts[path], facts.get(files.get("image", "")), num_classes)
             else:
                 fault = fault_of(facts[path])
             if fault is not None:

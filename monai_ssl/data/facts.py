@@ -22,7 +22,7 @@ from monai_ssl.data.files import atomic_path, cache_root, file_signature, is_fir
 
 Image = str | Sequence[str]
 Facts = dict[str, Any]
-_FORMAT = 1  # of a remembered entry
+_FORMAT = 2  # of a remembered entry
 _MAX_REMEMBERED = 100_000
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,8 @@ def volume_facts(image: Image) -> Facts:
         image: a file, a folder with a DICOM series, or a list of files (one per channel).
 
     Returns:
-        `shape` (channel first), `affine` (rows), `nonfinite` (a count of voxels) and `constant`; or only `error`.
+        `shape` (channel first), `affine` (rows), `nonfinite` (a count of voxels), `constant` and `range` (least and
+        largest value, None where some are not finite); or only `error`.
     """
     try:
         with itk_loading():
@@ -43,11 +44,14 @@ def volume_facts(image: Image) -> Facts:
         first_line = (str(error).strip().splitlines() or [""])[0]
         return {"error": f"{type(error).__name__}: {first_line[:200]}"}
     values = volume.as_tensor()
+    nonfinite = values.numel() - int(torch.isfinite(values).sum())
+    limits = [float(end) for end in values.aminmax()] if values.numel() and not nonfinite else None
     return {
         "shape": list(volume.shape),
         "affine": volume.affine.tolist(),
-        "nonfinite": values.numel() - int(torch.isfinite(values).sum()),
-        "constant": values.numel() > 0 and bool(values.min() == values.max()),
+        "nonfinite": nonfinite,
+        "constant": limits is not None and limits[0] == limits[1],
+        "range": limits,
     }
 
 

@@ -66,7 +66,7 @@ def _size_fault(shape: list[int], affine: np.ndarray, pixdim: Any, min_size: Any
     )
 
 
-def label_fault(label: Facts, image: Facts | None = None) -> str | None:
+def label_fault(label: Facts, image: Facts | None = None, num_classes: int | None = None) -> str | None:
     """Why a label does not belong on its image, from the `volume_facts` of both; None if it does."""
     if "error" in label:
         return f"cannot be read ({label['error']})"
@@ -74,6 +74,9 @@ def label_fault(label: Facts, image: Facts | None = None) -> str | None:
         return "empty: no voxels"
     if label["nonfinite"]:
         return f"{label['nonfinite']} voxels are NaN or infinite"
+    low, high = label["range"]
+    if num_classes is not None and not 0 <= low <= high < num_classes:
+        return f"values from {low:g} to {high:g}, where num_classes {num_classes} allows 0 to {num_classes - 1}"
     if image is None or len(image.get("shape", ())) not in (3, 4):
         return None  # nothing to compare with: the fault is the image's
     size = np.array(image["shape"][1:])

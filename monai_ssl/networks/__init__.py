@@ -34,7 +34,15 @@ from .nets import (
 from .provenance import make_provenance, read_provenance
 from .rebuild import rebuild_network
 from .released_weights import inflate_resnet18, load_mmdet_checkpoint
-from .unet_stages import UNetFeatures, UNetStages, trained_blocks, trained_prefixes, unet_features, unet_stages
+from .unet_stages import (
+    UNetFeatures,
+    UNetStages,
+    check_plane_size,
+    trained_blocks,
+    trained_prefixes,
+    unet_features,
+    unet_stages,
+)
 
 __all__ = [
     "AnatomicalEmbeddingNet",
@@ -62,6 +70,7 @@ __all__ = [
     "ViTEncoder",
     "VoCoNet",
     "align_overlap",
+    "check_plane_size",
     "correlation_volume",
     "cpc_indices",
     "encoder_channels",

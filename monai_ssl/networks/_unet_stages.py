@@ -64,6 +64,19 @@ def total_stride(network: UNet | BasicUNet) -> tuple[int, ...]:
     return tuple(int(prod(s)) for s in zip(*strides))
 
 
+def check_plane_size(network: UNet | BasicUNet, plane_size: int | Sequence[int]) -> None:
+    """Raise a ValueError unless images of this size fit the network.
+
+    Args:
+        network: see :func:`unet_stages`.
+        plane_size: voxels of the image, one number or one per axis.
+    """
+    stride = total_stride(network)
+    size = ensure_tuple_rep(plane_size, len(stride))
+    if any(n < s or n % s for n, s in zip(size, stride)):
+        raise ValueError(f"plane_size {size} must be a multiple of the network's total stride {stride}")
+
+
 def unet_features(network: nn.Module, x: Tensor, num_decoder_blocks: int = 0) -> Tensor:
     """The map after a number of decoder blocks of a U-Net, as the network itself computes it.
 

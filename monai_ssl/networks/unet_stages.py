@@ -7,6 +7,22 @@ module, and the package's attribute ``unet_stages`` is the function.
 
 from __future__ import annotations
 
-from ._unet_stages import UNetFeatures, UNetStages, trained_blocks, trained_prefixes, unet_features, unet_stages
+from ._unet_stages import (
+    UNetFeatures,
+    UNetStages,
+    check_plane_size,
+    trained_blocks,
+    trained_prefixes,
+    unet_features,
+    unet_stages,
+)
 
-__all__ = ["UNetFeatures", "UNetStages", "trained_blocks", "trained_prefixes", "unet_features", "unet_stages"]
+__all__ = [
+    "UNetFeatures",
+    "UNetStages",
+    "check_plane_size",
+    "trained_blocks",
+    "trained_prefixes",
+    "unet_features",
+    "unet_stages",
+]

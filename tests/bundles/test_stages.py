@@ -117,6 +117,10 @@ REFUSED: dict[str, tuple[tuple[str, ...], dict[str, Any], Callable[[np.ndarray],
     "small maps": (DECODER, {"num_decoder_blocks": 1, "pretrained": "", "plane_size": [48, 56]}, None,
                    r"map after 1 decoder blocks has \(12, 14\) cells, regions of 3 need 15"),
     "stride": (("train.yaml",), {"plane_size": [60, 64]}, None, r"plane_size \(60, 64\) must be a multiple of"),
+    "stride of stage 3": (("finetune.yaml",), {"pretrained": "", "plane_size": [60, 64]}, None,
+                          r"plane_size \(60, 64\) must be a multiple of"),
+    "classes": (("finetune.yaml",), {"pretrained": "", "num_classes": 4}, None,
+                "values from 0 to 15, where num_classes 4 allows 0 to 3"),
     "mode": (("train.yaml",), {"mode": "LR"}, None, "mode must be one of GR, GD-, GD, got 'LR'"),
 }  # fmt: skip
 

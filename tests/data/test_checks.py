@@ -157,7 +157,13 @@ def test_stray_number_of_channels(write_volume: Write) -> None:
     check_volumes(items_of(stray, write_volume("other.nii.gz", series)), progress=False)
 
 
-FACTS = {"shape": [1, 5, 6, 7], "affine": np.diag([1.0, 2, 3, 1]).tolist(), "nonfinite": 0, "constant": False}
+FACTS = {
+    "shape": [1, 5, 6, 7],
+    "affine": np.diag([1.0, 2, 3, 1]).tolist(),
+    "nonfinite": 0,
+    "constant": False,
+    "range": [0.0, 3.0],
+}
 
 
 @pytest.mark.parametrize(
@@ -177,6 +183,20 @@ def test_label_faults(change: dict[str, Any], reason: str | None) -> None:
     assert fault is None if reason is None else reason in (fault or "")
 
 
+@pytest.mark.parametrize(
+    "limits, reason",
+    [
+        ([0.0, 3.0], None),
+        ([0.0, 4.0], "values from 0 to 4, where num_classes 4 allows 0 to 3"),
+        ([-1.0, 3.0], "values from -1 to 3, where num_classes 4"),
+    ],
+)
+def test_labels_of_too_many_classes(limits: list[float], reason: str | None) -> None:
+    fault = label_fault({**FACTS, "range": limits}, FACTS, num_classes=4)
+    assert fault is None if reason is None else reason in (fault or "")
+    assert label_fault({**FACTS, "range": limits}, FACTS) is None
+
+
 def test_labels_are_checked_with_their_images(write_volume: Write) -> None:
     item = {"image": str(write_volume("images/a.nii.gz")), "label": str(write_volume("labels/a.nii.gz"))}
     shifted = {**item, "label": str(write_volume("labels/b.nii.gz", affine=TURNED))}
@@ -184,6 +204,8 @@ def test_labels_are_checked_with_their_images(write_volume: Write) -> None:
     check_volumes([shifted], progress=False)
     with pytest.raises(BadVolumesError, match=r"labels/b\.nii\.gz: label lies up to"):
         check_volumes([item, shifted], keys=("image", "label"), progress=False)
+    with pytest.raises(BadVolumesError, match=r"labels/a\.nii\.gz: values from .* where num_classes 2 allows 0 to 1"):
+        check_volumes([item], keys=("image", "label"), progress=False, num_classes=2)
     classes = [{**item, "label": 1}]
     assert check_volumes(classes, keys=("image", "label"), progress=False) is classes
 

@@ -11,7 +11,16 @@ from monai.utils import ensure_tuple_rep
 from torch import Tensor, nn
 
 from ...losses.region_places import check_regions, region_places, region_vectors
-from .._unet_stages import UNetFeatures, check_blocks, decode, encode, total_stride, unet_features, unet_stages
+from .._unet_stages import (
+    UNetFeatures,
+    check_blocks,
+    check_plane_size,
+    decode,
+    encode,
+    total_stride,
+    unet_features,
+    unet_stages,
+)
 from ..blocks.projection_head import ProjectionHead
 
 __all__ = ["ContrastiveUNet"]
@@ -61,18 +70,17 @@ class ContrastiveUNet(UNetFeatures):
         stages = unet_stages(network)
         check_blocks(network, num_decoder_blocks, len(stages.decoder) - (not stages.head))
         super().__init__(network, num_decoder_blocks)
-        stride = total_stride(network)  # type: ignore[arg-type]
-        self.plane_size = ensure_tuple_rep(plane_size, len(stride))
-        if any(n < s or n % s for n, s in zip(self.plane_size, stride)):
-            raise ValueError(f"plane_size {self.plane_size} must be a multiple of the network's total stride {stride}")
-        check_regions(regions, region_size, len(stride))
+        check_plane_size(network, plane_size)  # type: ignore[arg-type]
+        axes = len(total_stride(network))  # type: ignore[arg-type]
+        self.plane_size = ensure_tuple_rep(plane_size, axes)
+        check_regions(regions, region_size, axes)
         self.region_size, self.regions, self.pool = region_size, regions, pool
         self._frozen = stages.encoder if num_decoder_blocks else ()
         _, channels, *size = _map_shape(network, self.plane_size, num_decoder_blocks)
         if num_decoder_blocks:
             self._starts(tuple(size))
-            self.g2 = ProjectionHead([channels] * 3, norm="batch", bias=False, spatial_dims=len(stride))
-            self.dense = nn.Linear(channels * region_size ** len(stride), out_channels, bias=False)
+            self.g2 = ProjectionHead([channels] * 3, norm="batch", bias=False, spatial_dims=axes)
+            self.dense = nn.Linear(channels * region_size**axes, out_channels, bias=False)
         else:
             features = channels if pool else channels * prod(size)
             self.g1 = ProjectionHead([features, hidden_channels, out_channels], norm=None, bias=False)
