@@ -9,7 +9,7 @@ from .class_labels import build_class_datalist, class_weights
 from .datalist import build_datalist, number_volumes
 from .keyed import KeyedDataset, KeyedSampler
 from .pair_dataset import PairDataset
-from .pair_lists import known_pairs, paired_volumes, read_registration_pairs, registration_pairs
+from .pair_lists import held_out_pairs, known_pairs, paired_volumes, read_registration_pairs, registration_pairs
 from .phantom import PHANTOM_LABELS, PHANTOM_PHASES, PhantomVolume, phantom_phase, torso_phantom
 from .phantom_files import phantom_dir, write_phantom, write_phantom_phases
 from .prepare_batch import PrepareSliceBatch
@@ -30,6 +30,7 @@ __all__ = [
     "cached_dataset",
     "check_volumes",
     "class_weights",
+    "held_out_pairs",
     "known_pairs",
     "number_volumes",
     "paired_volumes",

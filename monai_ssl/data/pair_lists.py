@@ -12,7 +12,7 @@ from typing import Any
 
 from .files import strip_suffix
 
-__all__ = ["known_pairs", "paired_volumes", "read_registration_pairs", "registration_pairs"]
+__all__ = ["held_out_pairs", "known_pairs", "paired_volumes", "read_registration_pairs", "registration_pairs"]
 
 _PATHS = ("moving", "fixed", "moving_label", "fixed_label", "alignment")
 _POINTS = ("moving_points", "fixed_points")
@@ -51,6 +51,24 @@ def registration_pairs(
     for part in _PARTS[1:]:
         items = parts[part]
         pairs[part] = [_pair(item, other) for item, other in zip(items, items[1:] + items[:1]) if item is not other]
+    return pairs
+
+
+def held_out_pairs(parts: Mapping[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The test pairs or, where there are none, those of validation.
+
+    Args:
+        parts: of :func:`registration_pairs` or :func:`read_registration_pairs`.
+
+    Raises:
+        ValueError: there are neither.
+    """
+    pairs = parts.get("test") or parts.get("validation")
+    if not pairs:
+        raise ValueError(
+            "there is no pair of scans: it takes two in the folder, and two that are held out where a part is (raise "
+            "val_fraction), or a file of pairs (--pairs)"
+        )
     return pairs
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,24 @@ def test_evaluation_of_pairs(bundle: Path, quickly_trained: Trained, pairs: Path
     with (tmp_path / "out" / "mean_dice_raw.csv").open(newline="") as stream:
         assert len(list(csv.reader(stream, delimiter="\t"))) == 2  # the heading and the pair
     assert (tmp_path / "out" / "registration_0001_1.png").stat().st_size > 10_000
+
+
+def test_an_evaluation_or_inference_of_nothing_is_an_error(
+    bundle: Path, quickly_trained: Trained, scans: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "alone").mkdir()
+    shutil.copy(sorted(scans.iterdir())[0], tmp_path / "alone")
+    options = {**quickly_trained.overrides, "val_fraction": 0.17}  # one volume is held out
+    workflows = [
+        lambda: make(quickly_trained.root, "train.yaml", "evaluate.yaml", **options),
+        lambda: make(
+            quickly_trained.root, "inference.yaml", kind="infer", prealign=[], dataset_dir=str(tmp_path / "alone")
+        ),
+    ]
+    for workflow in workflows:
+        with pytest.raises(RuntimeError) as caught:
+            run(workflow())
+        assert any("there is no pair of scans" in str(error) for error in chain(caught.value))
 
 
 def test_evaluation_takes_a_known_alignment(

@@ -9,7 +9,14 @@ import pytest
 import torch
 from monai.data import Dataset
 
-from monai_ssl.data import PairDataset, known_pairs, paired_volumes, read_registration_pairs, registration_pairs
+from monai_ssl.data import (
+    PairDataset,
+    held_out_pairs,
+    known_pairs,
+    paired_volumes,
+    read_registration_pairs,
+    registration_pairs,
+)
 
 
 def volumes(names: str, labels: str = "") -> list[dict[str, Any]]:
@@ -50,6 +57,15 @@ def test_labels_where_both_have_them() -> None:
 @pytest.mark.parametrize("count, empty", [(0, True), (1, True), (2, False)])
 def test_a_part_with_too_few_volumes_has_no_pairs(count: int, empty: bool) -> None:
     assert (registration_pairs({"validation": volumes("abc"[:count])})["validation"] == []) is empty
+
+
+def test_held_out_pairs_are_those_of_the_test_before_validation() -> None:
+    parts: dict[str, Any] = {"training": [{"name": "t"}], "validation": [{"name": "v"}], "test": [{"name": "x"}]}
+    assert held_out_pairs(parts) == parts["test"]
+    assert held_out_pairs({**parts, "test": []}) == parts["validation"]
+    for empty in ({**parts, "test": [], "validation": []}, {"training": parts["training"]}):
+        with pytest.raises(ValueError, match=r"raise val_fraction\), or a file of pairs \(--pairs\)"):
+            held_out_pairs(empty)
 
 
 def test_what_cannot_be_paired() -> None:

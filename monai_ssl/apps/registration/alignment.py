@@ -60,7 +60,11 @@ def load_embedder(embedder: nn.Module, file: str | Path) -> nn.Module:
     try:
         embedder.load_state_dict(part)
     except RuntimeError as error:
-        raise ValueError(f"the embedder in {file} is another network: {error}") from error
+        first = str(error).splitlines()[1].strip()
+        raise ValueError(
+            f"the embedder in {file} is another network: {first} Give base_channels and embed_dim as in its training, "
+            "or the same list of configs (small.yaml)"
+        ) from error
     return embedder
 
 
@@ -115,7 +119,8 @@ def align_pairs(
         dist.barrier()
     refused = {pair["name"]: reason for pair, file in zip(pairs, files) if (reason := load_file(file).get("refused"))}
     if refused and len(refused) == len(pairs):
-        raise ValueError(f"none of {len(pairs)} pairs can be aligned; {next(iter(refused))}: {refused.popitem()[1]}")
+        name, reason = next(iter(refused.items()))
+        raise ValueError(f"none of {len(pairs)} pairs can be aligned; {name}: {reason}")
     if refused:
         warnings.warn(
             f"{len(refused)} of {len(pairs)} pairs cannot be aligned and are left out: "

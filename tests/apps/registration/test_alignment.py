@@ -170,6 +170,11 @@ def test_embedder_is_named_loaded_and_checked(tmp_path: Path) -> None:
         assert all(torch.equal(v, source.state_dict()[k]) for k, v in found.state_dict().items())
         with pytest.raises(ValueError, match=name):
             load_embedder(embedder(width=4), tmp_path / name)
+    with pytest.raises(
+        ValueError, match=r"samreg.pt is another network: size mismatch .*\. Give base_channels and"
+    ) as e:
+        load_embedder(embedder(width=4), tmp_path / "samreg.pt")
+    assert "\n" not in str(e.value)
 
 
 def pairs_of(tmp_path: Path) -> list[dict[str, str]]:
