@@ -63,7 +63,7 @@ def plot_curves(
 
 def _margins(width: int, height: int, heading: float) -> dict[str, float]:
     """Room for titles and numbers in inches; matplotlib's own layouts measure every text, which takes half a second."""
-    left, right, bottom, top, across, down = 0.6, 0.15, 0.45, 0.3 + heading, 0.75, 0.8
+    left, right, bottom, top, across, down = 0.6, 0.15, 0.45, 0.45 + heading, 0.75, 0.8
     inches = 4.0 * width, 2.7 * height + heading
     wide = (inches[0] - left - right - across * (width - 1)) / width
     high = (inches[1] - bottom - top - down * (height - 1)) / height

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.image import imread
 
 from monai_ssl.visualize import plot_curves
 
@@ -49,3 +50,14 @@ def test_constant_curve_has_a_sensible_axis(tmp_path: Path) -> None:
 def test_nothing_to_draw(tmp_path: Path, table: dict[str, list[float]], match: str) -> None:
     with pytest.raises(ValueError, match=match):
         plot_curves(table, tmp_path / "x.png")
+
+
+@pytest.mark.parametrize("title", ["", "A run"])
+@pytest.mark.parametrize("curves", [1, 5])
+def test_nothing_is_cut_off(tmp_path: Path, title: str, curves: int) -> None:
+    """A power of ten above the axis moves the title of a curve up."""
+    values = {name: [-1.1e-5, -3.5e-5] for name in "abcde"[:curves]}
+    plot_curves({"iteration": [1, 12000], **values}, tmp_path / "x.png", title=title)
+    dark = imread(tmp_path / "x.png")[..., :3].min(-1) < 0.9
+    for edge in (dark[:2], dark[-2:], dark[:, :2], dark[:, -2:]):
+        assert not edge.any()
