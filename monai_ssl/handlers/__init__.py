@@ -12,6 +12,7 @@ from .freeze import FreezeHandler
 from .gradient_clip import GradientClipHandler
 from .loss_terms import LossTermsHandler
 from .momentum_update import MomentumUpdateHandler, cosine_momentum
+from .network_seconds import NetworkSeconds
 from .overlay import OverlayHandler
 from .prepare_batch import PrepareBatchTensor
 from .pretext_preview import PretextPreview
@@ -30,6 +31,7 @@ __all__ = [
     "GradientClipHandler",
     "LossTermsHandler",
     "MomentumUpdateHandler",
+    "NetworkSeconds",
     "OverlayHandler",
     "PrepareBatchTensor",
     "PretextPreview",

@@ -49,7 +49,7 @@ def test_evaluation_of_pairs(bundle: Path, quickly_trained: Trained, pairs: Path
     options = {**quickly_trained.overrides, "pairs": str(pairs), "output_dir": str(tmp_path / "out")}
     workflow = run(make(quickly_trained.root, "train.yaml", "evaluate.yaml", **options))
     metrics = item(workflow, "validate#evaluator").state.metrics
-    assert set(metrics) == {"mean_dice", "dice_before", "folding", "sdlogj", "TRE_mm", "TRE_before_mm"}
+    assert set(metrics) == {"mean_dice", "dice_before", "folding", "sdlogj", "TRE_mm", "TRE_before_mm", "seconds"}
     assert metrics["TRE_before_mm"] == pytest.approx(SHIFT, abs=1e-3)
     assert metrics["TRE_mm"] == pytest.approx(SHIFT, abs=1.0)
     assert 0.2 < metrics["dice_before"] < 0.8
