@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from monai.data.utils import pickle_hashing
+from monai.transforms import Compose
 from torch import nn
 from tqdm import tqdm
 
@@ -85,8 +86,8 @@ def align_pairs(
     Args:
         pairs: with "moving", "fixed" and "name"; one that has an "alignment" keeps it.
         matcher: embeds the images.
-        cache_dir: folder of the files. They depend on the images, the network, its
-            transform, the steps and the options.
+        cache_dir: folder of the files. They depend on the images, the network, its transform, the steps and the
+            options.
         steps: of :func:`register`: "affine", "coarse"; none: images are taken to lie in one space.
         progress: show a bar.
         seed: of the trials of method "ransac", for each pair anew.
@@ -170,9 +171,10 @@ def _key(pair: Mapping[str, Any], known: str) -> str:
 
 
 def _transform_digest(matcher: PointMatcher) -> str:
-    """Spacing and intensities decide on the result as the weights do."""
+    """Spacing and intensities decide on the result as the weights do; a Compose itself also holds a random state."""
+    transform = matcher.transform
     try:
-        return pickle_hashing(matcher.transform).decode()
+        return pickle_hashing(transform.flatten().transforms if isinstance(transform, Compose) else transform).decode()
     except Exception as error:  # pickle raises PicklingError, AttributeError or TypeError
         raise ValueError(
             f"the transform of matcher must be one that can be pickled, to know its results again ({error}): replace a "

@@ -213,6 +213,10 @@ def test_pairs_are_aligned_once_and_those_that_cannot_be_are_left_out(
     with pytest.warns(UserWarning, match="left out"):
         align_pairs(pairs, matcher, folder, progress=False, min_score=0.6)  # other options, other files
     assert len(calls) == 4
+    again = PointMatcher(matcher.network, embedding_transform(), "cpu", body_threshold=-17.4)  # as another process does
+    with pytest.warns(UserWarning, match="left out"):
+        align_pairs(pairs, again, folder, progress=False, min_score=0.6)
+    assert len(calls) == 4
     finer = PointMatcher(matcher.network, embedding_transform({"spacing": 1.0}), "cpu", body_threshold=-17.4)
     with pytest.warns(UserWarning, match="left out"):
         align_pairs(pairs, finer, folder, progress=False, min_score=0.6)  # another input of the network, too
