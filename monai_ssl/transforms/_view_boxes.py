@@ -15,7 +15,7 @@ from .voco_crops import _plain_tensor
 
 __all__ = ["extract_view", "view_iou", "view_matrix"]
 
-LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
+LINEAR = {1: "linear", 2: "bilinear"}
 
 
 def view_matrix(start: Sequence[int], extent: Sequence[int], roi_size: Sizes, flip: Sequence[bool]) -> torch.Tensor:
@@ -77,7 +77,7 @@ def extract_view(
     image = _plain_tensor(img)
     spatial = tuple(image.shape[1:])
     roi = per_axis("roi_size", roi_size, len(spatial))
-    if len(spatial) not in LINEAR or not len(start) == len(extent) == len(flip) == len(spatial):
+    if len(spatial) not in (1, 2, 3) or not len(start) == len(extent) == len(flip) == len(spatial):
         raise ValueError(
             f"start, extent and flip have {len(start)}, {len(extent)} and {len(flip)} entries for a volume of spatial "
             f"shape {spatial}; up to 3 axes"
@@ -85,15 +85,9 @@ def extract_view(
     box = [(int(s), int(s) + int(e)) for s, e in zip(start, extent)]
     if any(not 0 <= a < b <= size for (a, b), size in zip(box, spatial)):
         raise ValueError(f"the box {box} does not lie inside the volume of spatial shape {spatial}")
-    dims = [axis + 1 for axis, flipped in enumerate(flip) if flipped]
     window = (slice(None), *(slice(a, b) for a, b in box))
-    crop = image[window]
-    if mode == "nearest":
-        for axis, (length, size) in enumerate(zip(crop.shape[1:], roi)):
-            crop = crop.index_select(axis + 1, _nearest(length, size).to(crop.device))
-    else:
-        crop = F.interpolate(crop[None].float(), size=roi, mode=LINEAR[len(roi)], align_corners=False)[0]
-    return crop.flip(dims) if dims else crop
+    dims = [axis + 1 for axis, flipped in enumerate(flip) if flipped]
+    return _nearest(image[window], roi).flip(dims) if mode == "nearest" else _linear(image[window].flip(dims), roi)
 
 
 def view_iou(start_1: Sequence[int], extent_1: Sequence[int], start_2: Sequence[int], extent_2: Sequence[int]) -> float:
@@ -110,6 +104,21 @@ def view_iou(start_1: Sequence[int], extent_1: Sequence[int], start_2: Sequence[
     return overlap / (prod(e for _, e, _, _ in boxes) + prod(f for *_, f in boxes) - overlap)
 
 
-def _nearest(length: int, size: int) -> torch.Tensor:
-    """Index of the voxel that "nearest-exact" takes, for every dtype and axis by axis."""
-    return F.interpolate(torch.arange(length).double()[None, None], size=size, mode="nearest-exact")[0, 0].long()
+def _linear(crop: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
+    """(C, *spatial) -> (C, *size) float32, as `F.interpolate`; of three axes the last apart, faster on a CPU."""
+    crop = crop.float()
+    if len(size) < 3:
+        return F.interpolate(crop[None], size=size, mode=LINEAR[len(size)], align_corners=False)[0]
+    rows = crop.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)  # whole rows are weighted at a time
+    rows = F.interpolate(rows, size=size[:2], mode="bilinear", align_corners=False).permute(0, 2, 3, 1)
+    view = F.interpolate(rows.flatten(1, 2), size=size[2:], mode="linear", align_corners=False)
+    return view.unflatten(1, size[:2])
+
+
+def _nearest(crop: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
+    """(C, *spatial) -> (C, *size), as `F.interpolate` with "nearest-exact", for every dtype, axis by axis."""
+    for axis, new in enumerate(size):
+        index = torch.arange(crop.shape[axis + 1]).double()[None, None]
+        index = F.interpolate(index, size=new, mode="nearest-exact")[0, 0].long()
+        crop = crop.index_select(axis + 1, index.to(crop.device))
+    return crop

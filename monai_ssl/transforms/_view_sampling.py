@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from itertools import combinations
+from math import hypot
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,24 +23,28 @@ ATTEMPTS, STEPS = 50, 16  # draws before a pair is moved together, and in how ma
 PLACEMENTS = ("uniform", "seed")
 
 
-def world_affine(img: NdarrayOrTensor, ndim: int, name: str) -> torch.Tensor:
-    """Voxel index -> world in mm, (ndim + 1, ndim + 1) float64, or a ValueError where lengths would have no meaning."""
+def world_affine(img: NdarrayOrTensor, ndim: int, name: str) -> tuple[torch.Tensor, list[float]]:
+    """Voxel index -> world in mm, (ndim + 1, ndim + 1) float64, and the spacing along each axis in mm.
+
+    A ValueError where lengths would have no meaning.
+    """
     if not isinstance(img, MetaTensor):
         raise ValueError(
             f"'{name}' carries no affine, without which pixdim in mm has no meaning; keep it a MetaTensor up to here, "
             "or leave pixdim out"
         )
-    affine = img.affine.detach().to("cpu", torch.float64).numpy()
-    columns = affine[:-1, :ndim]
-    spacing = np.linalg.norm(columns, axis=0)
-    if not (spacing > 0).all():
-        raise ValueError(f"'{name}' has voxels of {spacing.tolist()} mm")
-    cosines = (columns / spacing).T @ (columns / spacing) - np.eye(ndim)
-    if abs(cosines).max() > 1e-3:
-        raise ValueError(f"the axes of '{name}' are not orthogonal: affine {affine.tolist()}; use Spacingd first")
-    if (abs(columns[ndim:]) > 1e-3 * spacing).any():  # MONAI keeps a 4 x 4 affine for 2D images too
-        raise ValueError(f"the plane of '{name}' is not that of the first two world axes: affine {affine.tolist()}")
-    return torch.as_tensor(to_affine_nd(ndim, affine), dtype=torch.float64)
+    affine = img.affine.detach().to("cpu", torch.float64)
+    rows = affine.tolist()
+    columns = list(zip(*rows[:-1]))[:ndim]
+    spacing = [hypot(*column) for column in columns]
+    if not all(length > 0 for length in spacing):
+        raise ValueError(f"'{name}' has voxels of {spacing} mm")
+    axes = [[value / length for value in column] for column, length in zip(columns, spacing)]
+    if any(abs(sum(x * y for x, y in zip(a, b))) > 1e-3 for a, b in combinations(axes, 2)):
+        raise ValueError(f"the axes of '{name}' are not orthogonal: affine {rows}; use Spacingd first")
+    if any(abs(value) > 1e-3 for axis in axes for value in axis[ndim:]):  # MONAI keeps a 4 x 4 affine for 2D images too
+        raise ValueError(f"the plane of '{name}' is not that of the first two world axes: affine {rows}")
+    return affine if len(rows) == ndim + 1 else torch.as_tensor(to_affine_nd(ndim, affine.numpy())), spacing
 
 
 def check_affines(data: Mapping[Hashable, Any], keys: Sequence[Hashable], size: Sequence[int]) -> None:
@@ -119,14 +125,15 @@ class PairSampler:
         pixdim = None if self.pixdim is None else _floats("pixdim", self.pixdim, ndim)
         return AxisValues(roi, self.pairs[:, 0], self.pairs[:, 1], pixdim, _floats("flip_prob", self.flip_prob, ndim))
 
-    def check(self, size: Sequence[int], spacing: Sequence[float] | None, name: str) -> None:
+    def check(self, size: Sequence[int], spacing: Sequence[float] | None, name: str = "img") -> None:
         """Raise a ValueError when the smallest view does not fit into the volume."""
         values = self.axes(len(size))
-        needed = np.maximum(np.rint(values.low * self._unit(values, spacing) * values.roi), 1).astype(np.int64)
-        if (np.array(size) < needed).any():
+        units = zip(np.broadcast_to(values.low, len(size)), self._unit(values, spacing), values.roi)
+        needed = tuple(max(round(float(low * unit * roi)), 1) for low, unit, roi in units)
+        if any(voxels < least for voxels, least in zip(size, needed)):
             raise ValueError(
                 f"'{name}' has spatial shape {tuple(size)}, but the smallest views of roi_size {self.roi_size} cover "
-                f"{tuple(needed.tolist())} voxels; use SpatialPadd before, or a smaller scale_range"
+                f"{needed} voxels; use SpatialPadd before, or a smaller scale_range"
             )
 
     def draw(

@@ -120,6 +120,21 @@ def test_view_is_where_its_matrix_says(ndim: int) -> None:
         torch.testing.assert_close(view.double(), places(roi, matrix), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int16, torch.uint8, torch.float16])
+def test_equals_one_interpolation(dtype: torch.dtype) -> None:
+    """Of the flipped view, coarser along some axes and finer along others, whatever the order of voxels in memory."""
+    volume = torch.randint(0, 200, (2, 17, 20, 23), generator=torch.manual_seed(0)).to(dtype)
+    start, extent, roi = [2, 0, 5], [15, 8, 17], (10, 12, 15)
+    crop = volume[:, 2:17, 0:8, 5:22].float()
+    for flip, order in product(product([False, True], repeat=3), [(0, 1, 2, 3), (0, 3, 2, 1), (1, 2, 3, 0)]):
+        stored = volume.permute(order).contiguous().permute(np.argsort(order).tolist())
+        view = extract_view(stored, start, extent, roi, flip)
+        plain = F.interpolate(crop[None], size=roi, mode="trilinear", align_corners=False)[0]
+        assert view.is_contiguous()
+        assert view.dtype == torch.float32
+        torch.testing.assert_close(view, plain.flip([axis + 1 for axis in range(3) if flip[axis]]), atol=2e-4, rtol=0)
+
+
 def test_finer_views_repeat_the_edge() -> None:
     view = extract_view(torch.arange(10.0)[None, :, None], [2, 0], [4, 1], [8, 1], [False, False])
     assert view.flatten().tolist() == [2, 2.25, 2.75, 3.25, 3.75, 4.25, 4.75, 5]
