@@ -86,9 +86,9 @@ def in_parts(parts: dict[str, list[Volume]], root: Path, spatial_dims: int = 3) 
     """All three parts, in order.
 
     Raises:
-        ValueError: there is no volume for training.
+        ValueError: there is no volume.
     """
-    if not parts.get("training"):
+    if not any(parts.values()):
         supported = ", ".join(suffixes(spatial_dims))
         raise ValueError(f"no volumes found in {root}; supported: {supported}, folders with a DICOM series")
     return {part: parts.get(part, []) for part in ("training", "validation", "test")}
@@ -167,16 +167,17 @@ def read_datalist(file: Path, label_files: bool = True) -> dict[str, list[Volume
     """The parts of a MONAI or Decathlon datalist; relative paths start at its folder.
 
     Args:
-        file: JSON with a list "training" and, if it has them, "validation" and "test" (or "testing"), of image paths or
-            of mappings with "image" and perhaps "label"; an image may be a list of files, one per channel.
+        file: JSON with lists "training", "validation" and "test" (or "testing"), those it has, of image paths or of
+            mappings with "image" and perhaps "label"; an image may be a list of files, one per channel.
         label_files: a label that is a string is a path, else the name of a class.
 
     Raises:
         ValueError: the file is not such a list, an image is absent, or one image is in two parts.
     """
     content = _read_json(file)
-    if not isinstance(content, dict) or not isinstance(content.get("training"), list):
-        raise ValueError(f'{file} has no list "training" of volumes')
+    known = ("training", "validation", "test", "testing")
+    if not isinstance(content, dict) or not any(isinstance(content.get(part), list) for part in known):
+        raise ValueError(f'{file} has no list "training", "validation" or "test" of volumes')
     sections = {part: content.get(part) or [] for part in ("training", "validation", "test")}
     sections["test"] = sections["test"] or content.get("testing") or []
     parts = {

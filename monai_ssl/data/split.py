@@ -32,6 +32,8 @@ def split_lists(
         seed: of the split.
         by_class: each class (the set of "label" of a subject) is split by itself, see `build_class_datalist`.
     """
+    if not lists["training"]:  # nothing to draw from
+        return dict(lists)
     wanted = {"validation": val_fraction, "test": test_fraction}
     shares = {part: 0.0 if lists[part] else share for part, share in wanted.items()}
     split = _split(lists["training"], shares, seed, by_class)

@@ -289,6 +289,13 @@ def _inter_volume(x_s: Tensor, q_s: Tensor, x_t: Tensor, q_t: Tensor, partner: T
 
 
 def _checked_partner(partner: Tensor, like: Tensor) -> Tensor:
-    if tuple(partner.shape) != (len(like),):
-        raise ValueError(f"partner of shape {tuple(partner.shape)} must be ({len(like)},), one volume for each")
-    return partner.to(like.device)
+    partner = torch.as_tensor(partner)
+    if tuple(partner.shape) != (len(like),) or partner.is_floating_point() or partner.dtype == torch.bool:
+        raise ValueError(
+            f"partner of shape {tuple(partner.shape)} and {partner.dtype} must be ({len(like)},) int64, "
+            "one volume for each"
+        )
+    # on a GPU the look would wait for the device
+    if partner.device.type == "cpu" and ((partner < 0) | (partner >= len(like))).any():
+        raise ValueError(f"partner {partner.tolist()} must hold numbers of volumes from 0 to {len(like) - 1}")
+    return partner.to(like.device, torch.int64)

@@ -87,7 +87,8 @@ def extract_view(
         raise ValueError(f"the box {box} does not lie inside the volume of spatial shape {spatial}")
     window = (slice(None), *(slice(a, b) for a, b in box))
     dims = [axis + 1 for axis, flipped in enumerate(flip) if flipped]
-    return _nearest(image[window], roi).flip(dims) if mode == "nearest" else _linear(image[window].flip(dims), roi)
+    view = _nearest(image[window], roi) if mode == "nearest" else _linear(image[window], roi)
+    return view.flip(dims) if dims else view
 
 
 def view_iou(start_1: Sequence[int], extent_1: Sequence[int], start_2: Sequence[int], extent_2: Sequence[int]) -> float:

@@ -212,7 +212,10 @@ def _check_count(q: int, m: int) -> None:
 
 def _checked_table(permutations: Any, patches: int) -> torch.Tensor:
     """The table as a tensor of its own, or a ValueError."""
-    table = torch.as_tensor(np.array(permutations), dtype=torch.int64)
+    table = permutations.clone() if isinstance(permutations, torch.Tensor) else torch.as_tensor(np.array(permutations))
+    if len(table) and (table.dtype == torch.bool or table.is_floating_point()):
+        raise ValueError(f"permutations must hold whole numbers, got {table.dtype}")
+    table = table.to("cpu", torch.int64)
     if table.ndim != 2 or not torch.equal(table.sort(-1).values, torch.arange(patches).expand(len(table), -1)):
         raise ValueError(
             f"permutations of shape {tuple(table.shape)} must hold permutations of 0..{patches - 1} in rows"

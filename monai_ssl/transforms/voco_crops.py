@@ -68,7 +68,7 @@ def overlap_fractions(
         ValueError: when the last axis of `origin` has not one entry per spatial axis.
     """
     roi, grid = _sizes(roi_size, grid_size)
-    base, _ = _sizes(roi if base_size is None else base_size, grid_size)
+    base, _ = _sizes(roi if base_size is None else base_size, grid_size, "base_size")
     origin = torch.as_tensor(origin)
     if origin.ndim == 0 or origin.shape[-1] != len(grid):
         raise ValueError(f"origin of shape {tuple(origin.shape)} must end in {len(grid)}, one per axis of grid {grid}")
@@ -167,6 +167,11 @@ class RandVoCoCrops(Randomizable, Transform):
         if seed is not None and isinstance(self.crop_transform, Randomizable):
             self.crop_transform.set_random_state(seed=seed)
         bases, samples = self._cut(window, self.origins), self._cut(window, starts)
+        if bases.shape[1:] != samples.shape[1:]:
+            raise ValueError(
+                f"crop_transform turned base crops of roi_size {self.roi_size} into shape {tuple(bases.shape[1:])}, "
+                f"random crops into {tuple(samples.shape[1:])}"
+            )
         if not get_track_meta():
             return samples, bases
         meta = img.meta if isinstance(img, MetaTensor) else {}
@@ -289,15 +294,17 @@ class RandVoCoCropsd(MapTransform, Randomizable):
 RandVoCoCropsD = RandVoCoCropsDict = RandVoCoCropsd
 
 
-def _sizes(size: Sequence[int] | int, grid_size: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _sizes(
+    size: Sequence[int] | int, grid_size: Sequence[int], name: str = "roi_size"
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Sizes in voxels, one per axis, and the grid, or a ValueError."""
-    grid = tuple(int(g) for g in ensure_tuple(grid_size))
-    sizes = tuple(int(s) for s in (ensure_tuple_rep(size, len(grid)) if isinstance(size, (int, np.integer)) else size))
+    grid = tuple(ensure_tuple(grid_size))
+    sizes = tuple(ensure_tuple_rep(size, len(grid)) if isinstance(size, (int, np.integer)) else size)
     if len(sizes) != len(grid):
-        raise ValueError(f"size {sizes} and grid_size {grid} need one entry per spatial axis each")
-    if min(sizes + grid) < 1:
-        raise ValueError(f"sizes must be at least 1, got size {sizes} and grid_size {grid}")
-    return sizes, grid
+        raise ValueError(f"{name} {sizes} and grid_size {grid} need one entry per spatial axis each")
+    if any(int(value) != value or value < 1 for value in sizes + grid):
+        raise ValueError(f"{name} and grid_size must be whole numbers of at least 1, got {sizes} and {grid}")
+    return tuple(int(s) for s in sizes), tuple(int(g) for g in grid)
 
 
 def _plain_tensor(img: NdarrayOrTensor) -> torch.Tensor:

@@ -140,6 +140,14 @@ def test_json_channels_and_class_labels(tmp_path: Path) -> None:
     assert [item["label"] for item in items] == [1, 0]
 
 
+@pytest.mark.parametrize("part", ["validation", "test", "testing"])
+def test_held_out_volumes_alone(tmp_path: Path, part: str) -> None:
+    file = touch(tmp_path, "a.nii.gz", "b.nii.gz") / "list.json"
+    file.write_text(json.dumps({part: ["a.nii.gz", "b.nii.gz"]}))
+    lists = build_datalist(file, val_fraction=0.2)
+    assert {name: len(items) for name, items in lists.items() if items} == {part.removesuffix("ing"): 2}
+
+
 @pytest.mark.parametrize(
     "content, message",
     [

@@ -443,5 +443,14 @@ def test_other_errors() -> None:
     with pytest.raises(ValueError, match="pairs"):
         base_similarity_loss(torch.ones(2, 1, 4))
     for call in (VoCoLoss(), VoCoLoss().logits):
-        with pytest.raises(ValueError, match=r"partner of shape \(2,\) must be \(3,\)"):
+        with pytest.raises(ValueError, match=r"partner of shape \(2,\) .* must be \(3,\)"):
             call((student, teacher), target, partner=torch.tensor([1, 0]))
+        with pytest.raises(ValueError, match=r"partner of shape .* and torch\.float32 must"):
+            call((student, teacher), target, partner=torch.tensor([1.0, 0.0, 2.0]))
+        for partner in ([0, 1, -1], [0, 1, 3]):  # -1 would be the last volume, its own
+            with pytest.raises(ValueError, match=r"partner \[0, 1, .*\] must hold numbers of volumes from 0 to 2"):
+                call((student, teacher), target, partner=torch.tensor(partner))
+        assert torch.equal(
+            call((student, teacher), target, partner=[1, 2, 0]),
+            call((student, teacher), target, partner=torch.tensor([1, 2, 0])),
+        )

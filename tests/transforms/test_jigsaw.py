@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import warnings
 from itertools import permutations as all_permutations
 from math import factorial, prod
 from typing import Any
@@ -183,7 +184,9 @@ def test_table_of_the_transform() -> None:
     assert torch.equal(RandJigsawd("image", (2, 3), 50).permutations, greedy_permutations(6, 50, 0))
     given = [[1, 0, 2, 3], [3, 2, 1, 0], [0, 1, 2, 3]]
     for table in (given, np.array(given, dtype=np.uint8), torch.tensor(given)):
-        transform = RandJigsaw((2, 2), permutations=table, jitter=0, gap=0).set_random_state(seed=0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            transform = RandJigsaw((2, 2), permutations=table, jitter=0, gap=0).set_random_state(seed=0)
         assert transform.permutations.tolist() == given
         assert transform.permutations.dtype == torch.int64
         labels = set()
@@ -193,6 +196,9 @@ def test_table_of_the_transform() -> None:
         assert labels == {0, 1, 2}
     table[0, 0] = 5
     assert transform.permutations.tolist() == given
+    for wrong in ([[0.5, 1, 2, 3]], torch.tensor([[True, False]])):
+        with pytest.raises(ValueError, match="permutations must hold whole numbers"):
+            RandJigsaw((2, len(wrong[0]) // 2), permutations=wrong)
 
 
 # ---- patches

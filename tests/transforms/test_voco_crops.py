@@ -400,6 +400,28 @@ def test_unequal_crops_are_refused() -> None:
         transform(index_image((8, 9, 2)))
 
 
+def test_base_and_random_crops_of_unequal_shape_are_refused() -> None:
+    """Where all crops of a kind are turned, and none of the other."""
+    transform = RandVoCoCrops((4, 6, 5), (2, 1, 1), 1, crop_transform=RandRotate90(prob=0.5, max_k=1))
+    with pytest.raises(
+        ValueError, match=r"crop_transform turned base crops .* shape \(1, 4, 6, 5\), random .* \(1, 6, 4, 5\)"
+    ):
+        transform.set_random_state(seed=1)(index_image((8, 6, 5)))
+
+
+def test_sizes_are_named() -> None:
+    with pytest.raises(ValueError, match=r"roi_size and grid_size must be whole numbers .* \(4, 0, 4\) and"):
+        RandVoCoCrops((4, 0, 4), (2, 2, 1))
+    with pytest.raises(
+        ValueError, match=r"roi_size and grid_size must be whole numbers .* \(4.7, 6, 5\) and \(3, 2.5, 1\)"
+    ):
+        RandVoCoCrops((4.7, 6, 5), (3, 2.5, 1))
+    with pytest.raises(ValueError, match=r"roi_size \(4, 4\) and grid_size \(2, 2, 1\) need"):
+        RandVoCoCropsd("image", (4, 4), (2, 2, 1))
+    with pytest.raises(ValueError, match=r"base_size \(3, 3, 3\) and grid_size \(2, 2\) need"):
+        overlap_fractions(torch.zeros(1, 2), 2, (2, 2), base_size=(3, 3, 3))
+
+
 def test_lazy_crop_transform() -> None:
     img = index_image((6, 9))
     lazy = Compose([RandFlip(1.0, 0), RandRotate90(1.0, 1, (0, 1))], lazy=True)

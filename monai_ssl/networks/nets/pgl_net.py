@@ -106,18 +106,9 @@ class PGLNet(nn.Module):
         return prediction, _exchange(target), valid & _exchange(valid)
 
     def update_teacher(self, momentum: float) -> None:
-        """Move the teacher; ``momentum`` is the share of it that is kept, of its running statistics too.
-
-        Those of the student do not fit the teacher's weights: with them its targets would be off in evaluation.
-        """
-        buffers = [
-            b for b in (*self.teacher_encoder.buffers(), *self.teacher_projector.buffers()) if b.is_floating_point()
-        ]
-        own = [b.clone() for b in buffers]
+        """Move the teacher; ``momentum`` is the share of it that is kept."""
         self.teacher_encoder.update(self.encoder, momentum)
         self.teacher_projector.update(self.projector, momentum)
-        if buffers:  # the foreach kernel refuses empty lists
-            torch._foreach_lerp_(buffers, own, momentum)
 
     def _target(self, views: Tensor) -> Tensor:
         return self.teacher_projector(self._pooled(self._map(self.teacher_encoder(views))))
