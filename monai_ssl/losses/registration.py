@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,6 @@ __all__ = ["RegistrationLoss", "embedding_loss", "local_ncc_loss", "ncc_loss", "
 
 SIMILARITIES = ("ncc", "lncc")
 _INSIDE = 0.8  # share of the moving mask from which a warped voxel counts, as released
-_AVG_POOL = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 
 
 def ncc_loss(input: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -229,9 +229,9 @@ def _mean(values: Tensor, valid: Tensor | None) -> Tensor:
 
 
 def _window_mean(values: Tensor, window: int) -> Tensor:
-    """Over the part of each window that lies in the image, axis by axis."""
-    n = values.ndim - 2
-    for axis in range(n):
-        kernel = [window if a == axis else 1 for a in range(n)]
-        values = _AVG_POOL[n](values, kernel, stride=1, padding=[k // 2 for k in kernel], count_include_pad=False)
+    """Over the part of each window that lies in the image, axis by axis; in 3D `avg_pool3d` refuses small images."""
+    kernel, padding, shape = (window, 1), (window // 2, 0), values.shape
+    for axis in range(2, values.ndim):
+        rows = values.reshape(-1, shape[axis], prod(shape[axis + 1 :]))
+        values = F.avg_pool2d(rows, kernel, stride=1, padding=padding, count_include_pad=False).reshape(shape)
     return values

@@ -73,7 +73,10 @@ def local_by_hand(x: Tensor, t: Tensor, window: int, mask: Tensor | None, eps: f
     return float(sum(rows) / len(rows))
 
 
-@pytest.mark.parametrize("shape, window", [((2, 1, 11), 3), ((2, 2, 5, 7), 5), ((2, 1, 4, 5, 3), 3), ((2, 1, 3, 4), 9)])
+@pytest.mark.parametrize(
+    "shape, window",
+    [((2, 1, 11), 3), ((2, 2, 5, 7), 5), ((2, 1, 4, 5, 3), 3), ((2, 1, 3, 4), 9), ((2, 1, 3, 6, 11), 9)],
+)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("eps", [1e-5, 0.1])
 def test_local_ncc_equals_loops(shape: tuple[int, ...], window: int, masked: bool, eps: float) -> None:

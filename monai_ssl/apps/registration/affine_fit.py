@@ -106,6 +106,7 @@ def _huber(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
 def _ransac(
     x: Tensor, y: Tensor, w: Tensor, threshold: float, num_trials: int, generator: torch.Generator | None
 ) -> Tensor:
+    _least_squares(x, y, w)  # refuses points in one plane, where no trial could succeed
     number, n = x.shape
     rows = torch.rand(num_trials, number, generator=generator).topk(n + 1).indices  # (T, n + 1)
     near, far = x - x.mean(0), y - y.mean(0)

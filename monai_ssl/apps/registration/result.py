@@ -32,6 +32,8 @@ from .voxel_sampling import resample
 
 __all__ = ["Registration", "compose", "from_normalised", "jacobian_determinant", "to_ddf", "to_normalised"]
 
+_ALL = tuple(FORMATS)
+
 _PADDING = ("border", "zeros", "background")
 
 
@@ -194,7 +196,7 @@ class Registration:
         self,
         directory: str | PathLike[str],
         name: str,
-        formats: Sequence[str] = tuple(FORMATS),
+        formats: Sequence[str] = _ALL,
         moving: Any = None,
         like: Any = None,
     ) -> list[Path]:
@@ -208,7 +210,8 @@ class Registration:
             name: how the file names begin.
             formats: "tfm": `<name>_affine.tfm`, the affine A as text. "h5": `<name>.h5`, a composite transform of ITK,
                 first d, then A. "nifti": `<name>_displacement.nii.gz`, T(x) - x on the grid, LPS mm, float32, of the
-                intent that ITK and SimpleITK read. "warped": `<name>_warped.nii.gz`, `warp(moving, like)`.
+                intent that ITK and SimpleITK read. "warped": `<name>_warped.nii.gz`, `warp(moving, like)`, which is
+                left out where neither formats nor images are given.
             moving: for "warped", see :meth:`warp`.
             like: for "warped", the fixed image.
 
@@ -220,6 +223,8 @@ class Registration:
             ValueError: formats or a name that cannot be used, images that are missing, 2D other than "warped", or axes
                 of the grid that are not orthogonal.
         """
+        if formats is _ALL and moving is None and like is None:
+            formats = tuple(key for key in _ALL if key != "warped")
         check_formats(formats, self.grid_affine)
         if "warped" in formats and (moving is None or like is None):
             raise ValueError(

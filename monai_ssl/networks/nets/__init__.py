@@ -7,11 +7,10 @@ from .anatomical_embedding_net import AnatomicalEmbeddingNet, MergedEmbeddingNet
 from .anisotropic_resnet import AnisotropicResNet
 from .contrastive_unet import ContrastiveUNet
 from .cpc_net import CPCNet, cpc_indices
-from .embedding_registration_net import EmbeddingRegistrationNet
 from .multi_task_net import MultiTaskNet
 from .patch_classifier import PatchClassifier
 from .pgl_net import PGLNet
-from .registration_unet import RegistrationUNet
+from .registration_unet import EmbeddingRegistrationNet, RegistrationUNet
 from .voco_net import VoCoNet
 
 __all__ = [

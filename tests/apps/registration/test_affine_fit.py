@@ -165,7 +165,7 @@ def test_points_in_one_plane(method: str, place: Callable[[Tensor], Tensor]) -> 
     g = torch.Generator().manual_seed(0)
     flat = torch.rand(40, 2, generator=g, dtype=torch.float64) * 200
     source = place(flat @ torch.tensor([[0.6, 0.8, 0], [-0.48, 0.36, 0.8]], dtype=torch.float64))  # oblique
-    with pytest.raises(ValueError, match=r"lie in one plane|agree on an affine"):
+    with pytest.raises(ValueError, match="lie in one plane"):
         fit(source, source + 1, method)
     assert fit(source + 0.5 * torch.rand(40, 3, generator=g), source, "lstsq").shape == (4, 4)
 

@@ -160,6 +160,9 @@ def test_displacement_as_nifti(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", sorted(MAPS))
 def test_points_mapped_by_others(tmp_path: Path, name: str, reader: str) -> None:
     found, read = MAPS[name], READERS[reader]
+    assert [file.name for file in found.save(tmp_path, "pair")] == [
+        "pair_affine.tfm", "pair.h5", "pair_displacement.nii.gz",
+    ]  # fmt: skip
     text, composite = found.save(tmp_path, "pair", ("tfm", "h5"))
     points = grid_points(margin=2)  # beyond the grid the affine alone acts
     torch.testing.assert_close(mapped_by(read(text), points), transform_points(AFFINE, points), rtol=0, atol=1e-9)
@@ -300,7 +303,7 @@ def test_names_that_lead_elsewhere(tmp_path: Path, name: str) -> None:
     [
         ({"formats": ("mat",)}, "formats must be"),
         ({"formats": "h5"}, "formats must be a sequence"),
-        ({}, r"moving=\.\.\. and like"),
+        ({"formats": ("tfm", "warped")}, r"moving=\.\.\. and like"),
         ({"moving": moving_image()}, r"moving=\.\.\. and like"),
         ({"like": fixed_image()}, r"moving=\.\.\. and like"),
     ],
