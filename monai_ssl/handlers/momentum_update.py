@@ -36,10 +36,12 @@ class MomentumUpdateHandler:
         every: iterations per optimiser step, that is the trainer's ``accumulation_steps`` or a multiple of it. The
             shorter step with which MONAI ends an epoch counts too.
         event: ``"iteration_completed"`` (after the step) or ``"iteration_started"`` (before it, with its weights).
+        total: iterations in which the momentum rises; None: ``max_epochs`` of the engine, which federated learning
+            sets to the epochs of a round.
 
     Raises:
         ValueError: for a network without ``update_teacher``, a momentum outside [0, 1], ``every`` below 1 or no
-            multiple of the trainer's ``accumulation_steps``, an unknown event.
+            multiple of the trainer's ``accumulation_steps``, an unknown event, ``total`` below 1.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class MomentumUpdateHandler:
         final_momentum: float | None = 1.0,
         every: int = 1,
         event: str = "iteration_completed",
+        total: int | None = None,
     ) -> None:
         if not hasattr(network, "update_teacher"):
             raise ValueError(
@@ -62,11 +65,14 @@ class MomentumUpdateHandler:
             raise ValueError(f"`every` must be at least 1, got {every}.")
         if event not in _EVENTS:
             raise ValueError(f"`event` must be one of {sorted(_EVENTS)}, got '{event}'.")
+        if total is not None and total < 1:
+            raise ValueError(f"`total` must be at least 1, got {total}.")
         self.network = network
         self.momentum = momentum
         self.final_momentum = final_momentum
         self.every = every
         self.event = event
+        self.total = total
 
     def attach(self, engine: Engine) -> None:
         """Attach to the trainer."""
@@ -88,8 +94,9 @@ class MomentumUpdateHandler:
         state = engine.state
         if self.final_momentum is None:
             return self.momentum
-        if state.epoch_length is None or state.max_epochs is None:
-            raise ValueError("A rising momentum needs a known epoch_length and max_epochs; set final_momentum=None.")
-        return cosine_momentum(
-            state.iteration - 1, state.max_epochs * state.epoch_length, self.momentum, self.final_momentum
-        )
+        total = self.total
+        if total is None:
+            if state.epoch_length is None or state.max_epochs is None:
+                raise ValueError("A rising momentum needs a known epoch_length and max_epochs, or `total`.")
+            total = state.max_epochs * state.epoch_length
+        return cosine_momentum(min(state.iteration - 1, total), total, self.momentum, self.final_momentum)

@@ -82,6 +82,8 @@ class HardNegatives:
     def __init__(self, exclusion_radius: float, negatives: Sequence[int], exclude: str) -> None:
         if exclude not in ("inf", "zero"):
             raise ValueError(f"exclude must be 'inf' or 'zero', got {exclude!r}")
+        if not exclusion_radius >= 0:
+            raise ValueError(f"exclusion_radius must not be negative, got {exclusion_radius} mm")
         if len(negatives) != 2 or min(negatives) < 1:
             raise ValueError(f"negatives must be numbers of candidates and of those drawn, got {tuple(negatives)}")
         self.exclusion_radius, self.negatives, self.exclude = exclusion_radius, tuple(negatives), exclude
@@ -91,11 +93,12 @@ class HardNegatives:
         candidates = min(self.negatives[0], 2 * cells)
         if keys is None:
             return torch.rand(*like.shape, candidates, generator=generator, device=like.device)
-        if keys.shape[:-1] != like.shape or keys.shape[-1] < candidates:
+        anchors = like.shape[2]
+        if keys.ndim != 4 or keys.shape[:2] != like.shape[:2] or keys.shape[2] < anchors or keys.shape[3] < candidates:
             raise ValueError(
                 f"negative_keys {tuple(keys.shape)} must be (B, 2, A, candidates) = {(*like.shape, candidates)}"
             )
-        return keys
+        return keys[:, :, :anchors]  # small maps have fewer cells than anchors are asked for
 
     def _pool(self, valid: Tensor) -> Tensor:
         """Cells (B, 2, N) that may be drawn, of those that are valid."""

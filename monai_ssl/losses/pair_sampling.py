@@ -95,6 +95,8 @@ class LocalPairSampler(HardNegatives):
         positives: str = "nearest",
         exclude: str = "inf",
     ) -> None:
+        if not positive_radius > 0:
+            raise ValueError(f"positive_radius must be above 0 mm, got {positive_radius}")
         if num_anchors < 1:
             raise ValueError(f"num_anchors must be at least 1, got {num_anchors}")
         if positives not in ("nearest", "interpolated"):
@@ -121,7 +123,7 @@ class LocalPairSampler(HardNegatives):
             valid: cells of the local map that may be anchor, positive or negative, (B, 2, N) bool; None for all.
             chunk_size: anchors whose similarities are in memory at a time.
             anchor_keys: in [0, 1), (B, 2, N); the largest are chosen. None draws them.
-            negative_keys: in [0, 1), (B, 2, A, candidates), by rank. None draws them.
+            negative_keys: in [0, 1), (B, 2, A, candidates), by rank; more of either are left out. None draws them.
             generator: for what is drawn.
 
         Raises:
@@ -186,6 +188,8 @@ class GlobalPairSampler(HardNegatives):
         num_diverse: int = 1000,
         exclude: str = "inf",
     ) -> None:
+        if not positive_radius > 0:
+            raise ValueError(f"positive_radius must be above 0 mm, got {positive_radius}")
         gates = (axial_gate, axial_gate) if axial_gate is None or isinstance(axial_gate, (int, float)) else axial_gate
         if len(gates) != 2:
             raise ValueError(f"axial_gate must be a number, one for each direction or None, got {axial_gate}")

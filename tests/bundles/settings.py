@@ -154,6 +154,7 @@ SETTINGS = {
         inference={**CPU, "base_channels": 8, "embed_dim": 16, "pixdim": [10.0] * 3},
         encoder={"base_channels": 8},
         network_input=(1, 1, 16, 32, 32),
+        variants={"segresnet.yaml": ([], {"init_filters": 8})},
     ),
     "multi_task_pretraining": patch_pretext(
         {

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 import torch
 from monai.bundle import ConfigParser
+from monai.networks.nets import SegResNet
 from monai.transforms import Compose, RandGaussianNoised
 
 from monai_ssl.apps import load_matcher
+from monai_ssl.networks import SegResNetEncoder, load_pretrained
 
 from .conftest import Trained
 from .running import copy_bundle, item, load_config, make, run
@@ -109,6 +111,24 @@ def test_errors_by_known_warps(quickly_trained: Trained, tmp_path: Path) -> None
     assert errors[0]["MED_mm"] == errors[1]["MED_mm"] > 0
     assert errors[0]["MED_elastic_mm"] > 20  # mm, a network that has learnt nothing
     assert errors[1]["MED_elastic_mm"] < 10  # half a cell
+
+
+def test_another_encoder(bundle: Path, overrides: dict[str, Any], scans: Path, tmp_path: Path) -> None:
+    """The provenance says what was trained, so that matching builds it again; the encoder is the MONAI network's."""
+    root = copy_bundle(bundle, tmp_path)
+    options = {**overrides, "init_filters": 8, "max_iterations": 2, "output_dir": str(tmp_path / "eval")}
+    run(make(root, "train.yaml", "segresnet.yaml", **options))
+    described = json.loads((root / "models" / "encoder.json").read_text())["network"]
+    assert described["encoder"]["net"]["_target_"] == "monai.networks.nets.SegResNet"
+    template = min(scans.iterdir())
+    point = inside(template)
+    matcher = load_matcher(root, device="cpu")
+    assert matcher.match(template, template, [point]).points[0].tolist() == pytest.approx(point, abs=10.0)
+    load_pretrained(SegResNetEncoder(SegResNet(in_channels=1, init_filters=8)), root / "models" / "encoder.pt")
+    narrow = {"device": CPU["device"], "embed_dim": 16, "pixdim": [10.0] * 3, "stride": [8] * 3, "init_filters": 8}
+    narrow |= {"dataset_dir": str(scans), "output_dir": str(tmp_path / "maps")}
+    run(make(root, "inference.yaml", "segresnet.yaml", kind="infer", **narrow))
+    assert len(list((tmp_path / "maps").glob("*.nii.gz"))) == 2
 
 
 def test_two_dimensions(bundle: Path, dataset: Path, tmp_path: Path) -> None:

@@ -44,6 +44,15 @@ def test_rising_momentum_per_iteration() -> None:
     assert [c[1] for c in network.calls] == pytest.approx([e[1] for e in expected], abs=1e-12)
 
 
+def test_schedule_that_is_longer_or_shorter_than_the_run() -> None:
+    """Federated learning runs a trainer round by round."""
+    for total in (8, 3):
+        network = Counting()
+        count(MomentumUpdateHandler(network, 0.9, total=total), network, epochs=2, length=2)
+        expected = [cosine_momentum(min(i, total), total, 0.9) for i in range(4)]
+        assert [c[1] for c in network.calls] == expected
+
+
 @pytest.mark.parametrize(
     "event, iterations",
     [
@@ -103,5 +112,7 @@ def test_wrong_arguments() -> None:
         MomentumUpdateHandler(network, event="epoch_started")
     with pytest.raises(ValueError, match="at least 1"):
         MomentumUpdateHandler(network, every=0)
+    with pytest.raises(ValueError, match="`total` must be at least 1"):
+        MomentumUpdateHandler(network, total=0)
     with pytest.raises(ValueError, match=r"`every` \(1\) must be a multiple of accumulation_steps \(2\)"):
         count(MomentumUpdateHandler(network), network, epochs=1, length=4, steps=2)

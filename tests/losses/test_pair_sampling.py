@@ -396,6 +396,13 @@ def test_shapes_depend_on_shapes_alone() -> None:
     assert len(shapes) == 1
 
 
+def test_keys_for_more_anchors_than_there_are_cells() -> None:
+    maps, keys = [unit_maps(1, (4, 4)), unit_maps(1, (2, 2), seed=1)], torch.rand(1, 2, 100, 40)
+    anchors = torch.rand(1, 2, 16)
+    draw = lambda k: LocalPairSampler(100, negatives=(32, 9))(maps, affines(1, 2), None, 128, anchors, k)  # noqa: E731
+    assert all(torch.equal(a, b) for a, b in zip(flat(draw(keys)), flat(draw(keys[:, :, :16, :32]))))
+
+
 def test_no_gradient_and_half_precision() -> None:
     maps = [unit_maps(1, (5, 6)).requires_grad_(), unit_maps(1, (2, 3)).requires_grad_()]
     samples = LocalPairSampler(9, negatives=(20, 10))(maps, affines(1, 2))
@@ -415,6 +422,9 @@ def test_no_gradient_and_half_precision() -> None:
     "build, message",
     [
         (lambda: LocalPairSampler(0), "num_anchors must be at least 1, got 0"),
+        (lambda: LocalPairSampler(positive_radius=0.0), "positive_radius must be above 0 mm"),
+        (lambda: GlobalPairSampler(positive_radius=-1.0), "positive_radius must be above 0 mm"),
+        (lambda: LocalPairSampler(exclusion_radius=-1.0), "exclusion_radius must not be negative"),
         (lambda: LocalPairSampler(positives="linear"), "'nearest' or 'interpolated', got 'linear'"),
         (lambda: LocalPairSampler(exclude="none"), "'inf' or 'zero', got 'none'"),
         (lambda: LocalPairSampler(negatives=(5,)), "candidates and of those drawn"),

@@ -289,7 +289,7 @@ def test_forward_does_not_move_the_teacher(training: bool) -> None:
 @pytest.mark.parametrize("mode", ["local", "global"])
 def test_targets_in_evaluation_are_those_of_training(mode: str) -> None:
     """The teacher's running statistics belong to its own weights, however far the student has moved on."""
-    net, inputs = small(mode), views(batch=16)
+    net, inputs = small(mode, teacher_statistics="own"), views(batch=16)
     move_student(net)
     with torch.no_grad():
         for _ in range(300):  # the start is forgotten
@@ -299,8 +299,9 @@ def test_targets_in_evaluation_are_those_of_training(mode: str) -> None:
     torch.testing.assert_close(target, trained, atol=0.05, rtol=0)
 
 
-def test_update_follows_parameters_and_statistics() -> None:
-    net = small()
+@pytest.mark.parametrize("statistics, kept", [("student", 0.0), ("own", 0.75)])
+def test_update_follows_parameters_and_statistics(statistics: str, kept: float) -> None:
+    net = small(teacher_statistics=statistics)
     move_student(net)
     before = state(net)
     net.update_teacher(0.75)
@@ -310,7 +311,9 @@ def test_update_follows_parameters_and_statistics() -> None:
             torch.testing.assert_close(getattr(net, f"teacher_{part}").module.get_parameter(name), expected)
         for name, t in getattr(net, part).named_buffers():
             own, old = getattr(net, f"teacher_{part}").module.get_buffer(name), before[f"teacher_{part}.module.{name}"]
-            torch.testing.assert_close(own, 0.75 * old + 0.25 * t if t.is_floating_point() else t)
+            if kept == 0:
+                assert torch.equal(own, t)
+            torch.testing.assert_close(own, kept * old + (1 - kept) * t if t.is_floating_point() else t)
     net.update_teacher(0.0)
     for part in ("encoder", "projector"):
         own, student = getattr(net, f"teacher_{part}").module.state_dict(), getattr(net, part).state_dict()
@@ -453,6 +456,7 @@ def test_maps_are_checked() -> None:
         ({"anchor": "center"}, "rf, cell, got 'center'"),
         ({"spatial_dims": 1}, "2 or 3, got 1"),
         ({"border": -1.0}, "border must not be negative"),
+        ({"teacher_statistics": "teacher"}, "teacher_statistics must be 'student' or 'own'"),
     ],
 )
 def test_arguments_are_checked(kwargs: dict[str, Any], message: str) -> None:

@@ -33,9 +33,13 @@ class PGLNet(nn.Module):
         output_stride: voxels of a view per cell of the map; None for the ratio of their sizes.
         border: cells beyond the outermost feature centres that count, see :func:`align_overlap`.
         level: index of the map; of an encoder with parts that only other maps depend on those would not be trained.
+        teacher_statistics: "student": running statistics are copied from the student at every update. "own": the
+            teacher keeps averages of its own, which fit its weights, so that its targets in evaluation are those of
+            training. Training itself is the same.
 
     Raises:
-        ValueError: unknown ``mode`` or ``anchor``, ``spatial_dims`` other than 2 or 3, a negative ``border``.
+        ValueError: unknown ``mode``, ``anchor`` or ``teacher_statistics``, ``spatial_dims`` other than 2 or 3, a
+            negative ``border``.
     """
 
     def __init__(
@@ -50,6 +54,8 @@ class PGLNet(nn.Module):
         output_stride: float | Sequence[float] | None = None,
         border: float = 0.5,
         level: int = -1,
+        *,
+        teacher_statistics: str = "student",
     ) -> None:
         super().__init__()
         if mode not in ("local", "global"):
@@ -58,10 +64,13 @@ class PGLNet(nn.Module):
             raise ValueError(f"anchor must be one of {', '.join(ANCHORS)}, got {anchor!r}")
         if spatial_dims not in (2, 3):
             raise ValueError(f"spatial_dims must be 2 or 3, got {spatial_dims}")
+        if teacher_statistics not in ("student", "own"):
+            raise ValueError(f"teacher_statistics must be 'student' or 'own', got {teacher_statistics!r}")
         if not border >= 0:
             raise ValueError(f"border must not be negative, got {border}")
         self.in_features, self.spatial_dims, self.mode = in_features, spatial_dims, mode
         self.anchor, self.output_stride, self.border, self.level = anchor, output_stride, border, level
+        self.teacher_statistics = teacher_statistics
         self.encoder = encoder
         head: dict[str, Any] = {"norm": "batch", "spatial_dims": spatial_dims if mode == "local" else 0}
         self.projector = ProjectionHead((in_features, hidden_channels, out_channels), **head)
@@ -106,9 +115,14 @@ class PGLNet(nn.Module):
         return prediction, _exchange(target), valid & _exchange(valid)
 
     def update_teacher(self, momentum: float) -> None:
-        """Move the teacher; ``momentum`` is the share of it that is kept."""
+        """Move the teacher; ``momentum`` is the share of it that is kept, of its own statistics too."""
+        teachers = (self.teacher_encoder, self.teacher_projector)
+        buffers = [b for teacher in teachers for b in teacher.buffers() if b.is_floating_point()]
+        own = [b.clone() for b in buffers]
         self.teacher_encoder.update(self.encoder, momentum)
         self.teacher_projector.update(self.projector, momentum)
+        if self.teacher_statistics == "own" and buffers:  # the foreach kernel refuses empty lists
+            torch._foreach_lerp_(buffers, own, momentum)
 
     def _target(self, views: Tensor) -> Tensor:
         return self.teacher_projector(self._pooled(self._map(self.teacher_encoder(views))))
