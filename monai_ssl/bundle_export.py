@@ -16,7 +16,8 @@ MAX_BYTES = 25 * 1024**2
 YAML_SUFFIXES = (".yaml", ".yml")
 LEFT_OUT = ("eval", "__pycache__")
 # Training also leaves checkpoints and reports that name the user's scans in models/: only these weights travel.
-WEIGHTS = ("model.pt", "model.ts", "encoder.pt", "encoder.json", "pretext.pt")
+PRODUCTS = ("encoder", "unet_encoder", "unet_decoder")  # a file of weights and its provenance each
+WEIGHTS = ("model.pt", "model.ts", "pretext.pt", *(f"{name}.{end}" for name in PRODUCTS for end in ("pt", "json")))
 WANTED = (
     "LICENSE",
     "configs/logging.conf",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stops a run whose loss has become NaN or infinite."""
+"""Stops a run whose loss or weights have become NaN or infinite."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from ignite.engine import Engine, Events
 from monai.engines import IterationEvents
 
-from monai_ssl.handlers._steps import BEFORE_SAVE, register_before_save
+from monai_ssl.handlers._steps import BEFORE_SAVE, register_before_save, require_finite
 
 __all__ = ["FiniteLossHandler"]
 
@@ -20,7 +20,8 @@ class FiniteLossHandler:
     """Stop training at a NaN or infinite loss, naming the iteration and the files of its batch.
 
     Losses stay on the device and are looked at together: every ``interval`` iterations, at the end of each epoch, and
-    before ``ResumeHandler`` or ``PretrainedSaver`` writes. So no checkpoint holds what came after a bad loss.
+    before ``ResumeHandler`` or ``PretrainedSaver`` writes. So no checkpoint holds what came after a bad loss. Weights
+    are looked at where an epoch ends, before it is validated: a step can spoil them though its loss was finite.
 
     Args:
         interval: iterations between two looks, each of which waits for the device. With 1 the run stops before the
@@ -40,6 +41,7 @@ class FiniteLossHandler:
         register_before_save(engine)
         engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.check)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.check_weights)
         engine.add_event_handler(BEFORE_SAVE, self.check)
 
     def __call__(self, engine: Engine) -> None:
@@ -63,6 +65,14 @@ class FiniteLossHandler:
         for (iteration, _, names), loss in zip(recent, losses):
             if not math.isfinite(loss):
                 raise RuntimeError(self._message(iteration, loss, names))
+
+    def check_weights(self, engine: Engine) -> None:
+        """Look at all weights of the trainer's network.
+
+        Raises:
+            RuntimeError: at the first that is NaN or infinite.
+        """
+        require_finite([("network", engine.network)], engine)
 
     def _message(self, iteration: int, loss: float, names: Any) -> str:
         files = f"unknown, the batch has no key '{self.name_key}'" if names is None else names

@@ -82,6 +82,7 @@ def region_negatives(starts: Tensor, region_size: int) -> Tensor:
     Raises:
         ValueError: two regions overlap, so that they could not be told apart.
     """
+    starts = torch.as_tensor(starts)
     negatives = ~torch.eye(len(starts), dtype=torch.bool)
     _check_apart(starts, negatives, region_size, 5 * region_size)
     return negatives
@@ -129,7 +130,7 @@ def region_vectors(features: Tensor, starts: Tensor, region_size: int) -> Tensor
     Raises:
         ValueError: a region leaves the map, or the numbers of axes differ.
     """
-    size = features.shape[2:]
+    size, starts = features.shape[2:], torch.as_tensor(starts)
     if starts.ndim != 2 or starts.shape[1] != len(size):
         raise ValueError(f"starts {tuple(starts.shape)} must be (R, {len(size)}) for maps {tuple(features.shape)}")
     places = starts.tolist()

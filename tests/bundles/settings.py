@@ -13,7 +13,7 @@ VOLUME_SIZE = (40, 32, 36)
 # a part of every file name and of nothing else, to be searched for in what a bundle writes
 PATIENT = "PATIENT_00"
 # bundles whose encoder is this package's own, since MONAI has none like it
-OWN_ENCODER = ("sam_resnet18_ct",)
+OWN_ENCODER = ("sam_resnet18_ct", "samreg_unet_ct")
 
 
 @dataclass(frozen=True)

@@ -152,7 +152,7 @@ def test_ssl_block(bundle: Path, metadata: dict[str, Any]) -> None:
     assert export["torchscript"] in ("script", "trace", "none")
     assert isinstance(export["onnx"], bool)
     assert export["torchscript"] == "script" or export["reason"].strip()
-    if "pretext" not in load_config(bundle, "train.yaml"):
+    if "finetuning" in bundle.name:
         return
     block = metadata["ssl"]
     assert re.fullmatch(r"\d{4}\.\d{4,5}", block["arxiv"])
@@ -163,7 +163,9 @@ def test_ssl_block(bundle: Path, metadata: dict[str, Any]) -> None:
     assert isinstance(block["encoder"]["attribute"], str)
     assert {"orientation", "spacing", "window", "roi"} <= set(block["preprocessing"])
     assert {"name", "licence"} <= set(block["data"])
-    assert isinstance(block["epochs"], int)
+    config = load_config(bundle, "train.yaml")
+    length = "iterations" if "max_iterations" in config else "epochs"
+    assert block[length] == config[f"max_{length}"]
     assert isinstance(block["seed"], int)
 
 

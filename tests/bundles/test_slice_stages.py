@@ -11,12 +11,13 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from monai.bundle import ConfigParser
 from monai.networks.nets import UNet
 from monai.transforms import Compose
 
 from monai_ssl.networks import read_provenance, trained_prefixes, unet_features
 
-from .running import copy_bundle, item, make, run
+from .running import copy_bundle, item, load_config, make, run
 from .settings import CPU, SLICES
 
 pytestmark = pytest.mark.parametrize("bundle", ["global_local_unet_mr"], indirect=True)
@@ -43,6 +44,21 @@ def test_views(bundle: Path, dataset: Path, tmp_path: Path, files: tuple[str, ..
     assert all(in_place) if len(files) == 2 else not any(in_place)
     if len(files) == 2:
         assert len({round(slope, 4) for slope, _, _ in lines}) == 8
+
+
+@pytest.mark.parametrize("mode", ["LR", "LD"])
+@pytest.mark.parametrize("regions", ["lattice", "published"])
+@pytest.mark.parametrize("matched", [False, True])
+def test_level_of_chance_of_stage_2(bundle: Path, mode: str, regions: str, matched: bool) -> None:
+    """What the curves show as chance is the loss where all regions look alike: 2 volumes, 4 slices, 2 views of each."""
+    parser = ConfigParser(load_config(bundle, "train.yaml", "decoder.yaml"))
+    parser.update({"mode": mode, "regions": regions, "matched_negatives": matched})
+    parser.update({"batch_size": 2, "num_partitions": 4, "num_views": 2, "world_size": 1})
+    parser.get_parsed_content("imports")
+    grid = torch.cartesian_prod(torch.arange(2), torch.arange(4), torch.arange(2))  # volume, partition, view
+    ids = dict(zip(("volume", "partition", "view"), grid.unbind(1)))
+    loss = parser.get_parsed_content("loss")(torch.ones(16, 3, 16, 16), grid[:, 0] * 4 + grid[:, 1], **ids)
+    assert loss.item() == pytest.approx(parser.get_parsed_content("chance"), abs=1e-5)
 
 
 def test_intensity_of_stage_3_reaches_images_and_no_labels(bundle: Path, dataset: Path, tmp_path: Path) -> None:

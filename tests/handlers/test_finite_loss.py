@@ -54,6 +54,27 @@ def names_of(iteration: int) -> list[str]:
     return names[iteration - 1]
 
 
+class Poison:
+    """Spoils a weight after the last step of an epoch, as an infinite gradient does."""
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        if engine.state.iteration == engine.state.epoch_length:
+            next(engine.network.parameters()).data.flatten()[0] = float("nan")
+
+
+def test_spoilt_weights_stop_the_run_before_validation() -> None:
+    """What a validation would score could be kept as the best model."""
+    validated: list[int] = []
+    trainer = toy_trainer(handlers=(Poison(), FiniteLossHandler()))
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda engine: validated.append(engine.state.epoch))
+    with pytest.raises(RuntimeError, match="is NaN or infinite after iteration"):
+        trainer.run()
+    assert not validated
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_stops_with_iteration_and_files(value: float) -> None:
     trainer = toy_trainer(handlers=(Spoil(7, value), FiniteLossHandler()))
