@@ -255,6 +255,10 @@ class RandVoCoCropsd(MapTransform, Randomizable):
         if any(label_key in (key, f"{key}_base", f"{key}_origin") for key in self.keys):
             raise ValueError(f"label_key '{label_key}' is also written by keys {self.keys}; choose another")
 
+    starts = property(lambda self: self.cropper.starts, doc="First voxel of each random crop of the last draw, (R, n).")
+    label = property(lambda self: self.cropper.label, doc="Overlap fractions of the last draw, (R, K).")
+    seed = property(lambda self: self.cropper.seed, doc="Of `crop_transform` in the last draw.")
+
     def set_random_state(self, seed: int | None = None, state: np.random.RandomState | None = None) -> RandVoCoCropsd:
         """Seed the one source of all draws."""
         self.cropper.set_random_state(seed, state)

@@ -179,7 +179,7 @@ SETTINGS = {
         variants={
             "small.yaml": ([], {"roi_size": [16, 16, 16], "grid_size": [2, 3, 2]}),
             "released_v1.yaml": ([], {"crop_resize#spatial_size": [32, 32, 64]}),
-            "released_cvpr.yaml": (["released_v1.yaml"], {"crop_resize#spatial_size": [32, 32, 64], "embed_dim": 192}),
+            "released_cvpr.yaml": ([], {"crop_resize#spatial_size": [32, 32, 64], "embed_dim": 192}),
         },
     ),
     "samreg_unet_ct": BundleSettings(

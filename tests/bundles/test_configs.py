@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import monai
 import pytest
 import torch
 from ignite.engine import Events
@@ -89,6 +90,22 @@ def test_variants_train(bundle: Path, file: str, overrides: dict[str, Any], tmp_
     run(workflow)
     assert len(losses) == 1
     assert 0 < abs(losses[0]) < 100  # a cosine may be negative
+
+
+PATCH_BUNDLES = ["cpc", "exemplar", "jigsaw", "rotation", "rpl"]
+
+
+@pytest.mark.parametrize("bundle", [f"{name}_segresnet_ct" for name in PATCH_BUNDLES], indirect=True)
+def test_sizes_may_be_one_number(bundle: Path, overrides: dict[str, Any], tmp_path: Path) -> None:
+    root, batches = copy_bundle(bundle, tmp_path), []
+    known = load_config(bundle, "train.yaml")
+    sizes = {name: 48 if name == "roi_size" else known[name][0] for name in ("roi_size", "grid_size") if name in known}
+    for given in ({name: [size] * 3 for name, size in sizes.items()}, sizes):
+        workflow = make(root, "train.yaml", **{**overrides, **given})
+        item(workflow, "pretext")
+        monai.utils.set_determinism(0)
+        batches.append(next(iter(item(workflow, "train#dataloader"))))
+    assert torch.equal(batches[0]["image"], batches[1]["image"])
 
 
 def test_variants_change_what_exists(bundle: Path) -> None:

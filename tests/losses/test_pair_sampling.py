@@ -399,7 +399,7 @@ def test_shapes_depend_on_shapes_alone() -> None:
 def test_keys_for_more_anchors_than_there_are_cells() -> None:
     maps, keys = [unit_maps(1, (4, 4)), unit_maps(1, (2, 2), seed=1)], torch.rand(1, 2, 100, 40)
     anchors = torch.rand(1, 2, 16)
-    draw = lambda k: LocalPairSampler(100, negatives=(32, 9))(maps, affines(1, 2), None, 128, anchors, k)  # noqa: E731
+    draw = lambda k: LocalPairSampler(100, negatives=(32, 9))(maps, affines(1, 2), None, 128, anchors, k)
     assert all(torch.equal(a, b) for a, b in zip(flat(draw(keys)), flat(draw(keys[:, :, :16, :32]))))
 
 

@@ -409,6 +409,15 @@ def test_base_and_random_crops_of_unequal_shape_are_refused() -> None:
         transform.set_random_state(seed=1)(index_image((8, 6, 5)))
 
 
+def test_last_draw_of_the_dictionary_form() -> None:
+    transform = RandVoCoCropsd("image", 3, (2, 2), crop_transform=RandFlip(0.5)).set_random_state(seed=0)
+    assert (transform.starts, transform.label, transform.seed) == (None, None, None)
+    item = transform({"image": index_image((6, 6))})
+    assert torch.equal(transform.starts, item["image_origin"])
+    assert torch.equal(transform.label, item["label"])
+    assert transform.seed is not None
+
+
 def test_sizes_are_named() -> None:
     with pytest.raises(ValueError, match=r"roi_size and grid_size must be whole numbers .* \(4, 0, 4\) and"):
         RandVoCoCrops((4, 0, 4), (2, 2, 1))
