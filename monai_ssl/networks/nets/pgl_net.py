@@ -116,13 +116,13 @@ class PGLNet(nn.Module):
 
     def update_teacher(self, momentum: float) -> None:
         """Move the teacher; ``momentum`` is the share of it that is kept, of its own statistics too."""
-        teachers = (self.teacher_encoder, self.teacher_projector)
-        buffers = [b for teacher in teachers for b in teacher.buffers() if b.is_floating_point()]
-        own = [b.clone() for b in buffers]
+        teachers = (self.teacher_encoder, self.teacher_projector) if self.teacher_statistics == "own" else ()
+        statistics = [b for teacher in teachers for b in teacher.buffers() if b.is_floating_point()]
+        own = [b.clone() for b in statistics]
         self.teacher_encoder.update(self.encoder, momentum)
         self.teacher_projector.update(self.projector, momentum)
-        if self.teacher_statistics == "own" and buffers:  # the foreach kernel refuses empty lists
-            torch._foreach_lerp_(buffers, own, momentum)
+        if statistics:  # the foreach kernel refuses empty lists
+            torch._foreach_lerp_(statistics, own, momentum)
 
     def _target(self, views: Tensor) -> Tensor:
         return self.teacher_projector(self._pooled(self._map(self.teacher_encoder(views))))
