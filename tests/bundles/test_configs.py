@@ -92,10 +92,17 @@ def test_variants_train(bundle: Path, file: str, overrides: dict[str, Any], tmp_
     assert 0 < abs(losses[0]) < 100  # a cosine may be negative
 
 
-PATCH_BUNDLES = ["cpc", "exemplar", "jigsaw", "rotation", "rpl"]
+PATCH_BUNDLES = [
+    "cpc_segresnet_ct",
+    "exemplar_segresnet_ct",
+    "jigsaw_segresnet_ct",
+    "rotation_segresnet_ct",
+    "rpl_segresnet_ct",
+]
+PATCH_BUNDLES += ["multi_task_pretraining"]
 
 
-@pytest.mark.parametrize("bundle", [f"{name}_segresnet_ct" for name in PATCH_BUNDLES], indirect=True)
+@pytest.mark.parametrize("bundle", PATCH_BUNDLES, indirect=True)
 def test_sizes_may_be_one_number(bundle: Path, overrides: dict[str, Any], tmp_path: Path) -> None:
     root, batches = copy_bundle(bundle, tmp_path), []
     known = load_config(bundle, "train.yaml")
