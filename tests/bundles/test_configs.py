@@ -169,6 +169,12 @@ def test_weights_are_restored_strictly_and_not_in_federated_evaluation(bundle: P
         assert loaders[0].get("strict", True) is True
 
 
+def test_evaluation_needs_no_training_volumes(bundle: Path) -> None:
+    config = load_config(bundle, "train.yaml", "evaluate.yaml")
+    assert config["min_training"] == 0
+    assert "min_training=@min_training" in config["data"]
+
+
 def test_schedules_do_not_follow_the_trainer(bundle: Path) -> None:
     """Federated learning sets the trainer's max_epochs to the epochs of one round."""
     for path in (bundle / "configs").glob("*.yaml"):
