@@ -43,8 +43,8 @@ STARTS_PROCESSES = (
 MADE_OF_OTHERS = ("classification_finetuning", "multi_task_pretraining")
 FAILS_AT_EVERY_COMMIT = ("segmentation_finetuning", "voco_swinunetr_ct")  # a failing process, which all bundles share
 # many patches of 32 voxels, which the windows of Swin fill badly; two other bundles do it at every commit. What jigsaw
-# and rotation do with a UNet, rpl and exemplar do too. The released settings of VoCo differ in the loss, which is tested
-# by itself, and in the augmentation
+# and rotation do with a UNet, rpl and exemplar do too. The released settings of VoCo differ in loss and augmentation,
+# which are tested by themselves
 SLOW_VARIANTS = (
     "cpc_segresnet_ct-swin_unetr.yaml",
     "jigsaw_segresnet_ct-swin_unetr.yaml",
