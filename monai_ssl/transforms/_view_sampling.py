@@ -128,12 +128,11 @@ class PairSampler:
     def check(self, size: Sequence[int], spacing: Sequence[float] | None, name: str = "img") -> None:
         """Raise a ValueError when the smallest view does not fit into the volume."""
         values = self.axes(len(size))
-        units = zip(np.broadcast_to(values.low, len(size)), self._unit(values, spacing), values.roi)
-        needed = tuple(max(round(float(low * unit * roi)), 1) for low, unit, roi in units)
-        if any(voxels < least for voxels, least in zip(size, needed)):
+        needed = np.maximum(np.rint(values.low * self._unit(values, spacing) * values.roi), 1).astype(np.int64)
+        if (np.array(size) < needed).any():
             raise ValueError(
                 f"'{name}' has spatial shape {tuple(size)}, but the smallest views of roi_size {self.roi_size} cover "
-                f"{needed} voxels; use SpatialPadd before, or a smaller scale_range"
+                f"{tuple(needed.tolist())} voxels; use SpatialPadd before, or a smaller scale_range"
             )
 
     def draw(

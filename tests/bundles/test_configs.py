@@ -92,14 +92,8 @@ def test_variants_train(bundle: Path, file: str, overrides: dict[str, Any], tmp_
     assert 0 < abs(losses[0]) < 100  # a cosine may be negative
 
 
-PATCH_BUNDLES = [
-    "cpc_segresnet_ct",
-    "exemplar_segresnet_ct",
-    "jigsaw_segresnet_ct",
-    "rotation_segresnet_ct",
-    "rpl_segresnet_ct",
-]
-PATCH_BUNDLES += ["multi_task_pretraining"]
+PATCHES = ("cpc", "exemplar", "jigsaw", "rotation", "rpl")
+PATCH_BUNDLES = [*(f"{name}_segresnet_ct" for name in PATCHES), "multi_task_pretraining"]
 
 
 @pytest.mark.parametrize("bundle", PATCH_BUNDLES, indirect=True)
@@ -173,6 +167,22 @@ def test_evaluation_needs_no_training_volumes(bundle: Path) -> None:
     config = load_config(bundle, "train.yaml", "evaluate.yaml")
     assert config["min_training"] == 0
     assert "min_training=@min_training" in config["data"]
+
+
+@pytest.mark.parametrize("bundle", ["exemplar_segresnet_ct", "pgl_segresnet_ct"], indirect=True)
+def test_batch_norm_of_heads_is_that_of_all_gpus(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Statistics of one process would give away which codes are its own. The parameters stay those of the optimiser."""
+    parser = ConfigParser(load_config(bundle, "train.yaml", "multi_gpu_train.yaml"))
+    parser.update({"device": "$torch.device('cpu')", "init_filters": 8})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    parser.get_parsed_content("imports")
+    pretext = parser.get_parsed_content("pretext")
+    before = list(pretext.parameters())
+    module = parser.get_parsed_content("network#module")
+    assert module is pretext
+    assert not any(type(part).__name__.startswith("BatchNorm") for part in module.modules())
+    assert any(isinstance(part, torch.nn.SyncBatchNorm) for part in module.modules())
+    assert all(a is b for a, b in zip(before, module.parameters(), strict=True))
 
 
 def test_schedules_do_not_follow_the_trainer(bundle: Path) -> None:

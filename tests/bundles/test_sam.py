@@ -131,6 +131,13 @@ def test_another_encoder(bundle: Path, overrides: dict[str, Any], scans: Path, t
     assert len(list((tmp_path / "maps").glob("*.nii.gz"))) == 2
 
 
+def test_an_encoder_that_is_not_described_is_named(bundle: Path, overrides: dict[str, Any], tmp_path: Path) -> None:
+    encoder = {"_target_": "SegResNetEncoder", "net": {"_target_": "SegResNet", "init_filters": 8}}
+    workflow = make(copy_bundle(bundle, tmp_path), "train.yaml", **{**overrides, "encoder": encoder})
+    assert item(workflow, "pretext").channels == [8, 16, 32, 64]
+    assert item(workflow, "described")["_target_"].endswith(".SegResNetEncoder")
+
+
 def test_two_dimensions(bundle: Path, dataset: Path, tmp_path: Path) -> None:
     slices = tmp_path / "slices"
     slices.mkdir()
