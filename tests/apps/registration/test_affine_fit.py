@@ -168,6 +168,9 @@ def test_points_in_one_plane(method: str, place: Callable[[Tensor], Tensor]) -> 
     with pytest.raises(ValueError, match="lie in one plane"):
         fit(source, source + 1, method)
     assert fit(source + 0.5 * torch.rand(40, 3, generator=g), source, "lstsq").shape == (4, 4)
+    level = torch.cat([flat, torch.full((40, 1), 7.0, dtype=torch.float64)], 1)  # exactly
+    with pytest.raises(ValueError, match="lie in one plane"):
+        fit(level, level + 1, method)
 
 
 def test_refusals() -> None:
