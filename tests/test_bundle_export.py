@@ -53,7 +53,8 @@ def test_yaml_gets_a_json_twin_and_nothing_else_changes(bundle: Path, tmp_path: 
 
 
 def test_only_weights_travel(bundle: Path, tmp_path: Path) -> None:
-    kept = ["models/model.pt", "models/encoder.pt", "models/encoder.json"]
+    kept = ["models/model.pt", "models/pretext.pt"]
+    kept += [f"models/{name}.{end}" for name in ("encoder", "unet_encoder", "unet_decoder") for end in ("pt", "json")]
     left = [
         "models/checkpoint_2.pt",
         "models/bad_volumes.csv",

@@ -90,6 +90,7 @@ def test_vectors_are_those_of_unfold() -> None:
     windows = F.unfold(features, 3).unflatten(2, (13, 17))  # (N, C K^2, rows, columns)
     expected = windows[:, :, starts[:, 0], starts[:, 1]].transpose(1, 2)
     assert torch.equal(region_vectors(features, starts, 3), expected)
+    assert torch.equal(region_vectors(features, starts.tolist(), 3), expected)
 
 
 def test_vectors_in_3d() -> None:
