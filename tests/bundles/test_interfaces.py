@@ -80,7 +80,7 @@ def test_load_gives_the_trained_network(
     exported: Path, trained: Trained, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without any data: whoever loads a network has perhaps none."""
-    monkeypatch.setattr(monai_ssl.data, "build_datalist", lambda *args, **kwargs: pytest.fail("data are looked for"))
+    monkeypatch.setattr(monai_ssl.data, "check_volumes", lambda *args, **kwargs: pytest.fail("data are read"))
     with pytest.warns(UserWarning, match="parsing config_file"):
         network = monai.bundle.load(exported.name, bundle_dir=exported.parent, workflow_type=kind, device="cpu")
     assert isinstance(network, torch.nn.Module)
